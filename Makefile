@@ -1,0 +1,30 @@
+# `make demo` and `make test` need only Python 3.10+ and make: they set up .venv themselves (about 6 GB).
+# With PYTHON=python3 they use that interpreter as it is and download nothing.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SYSTEM_PYTHON := python3
+ifeq ($(PYTHON),$(VENV)/bin/python)
+ENVIRONMENT := $(VENV)/installed
+endif
+
+.PHONY: demo test test-slow lint
+
+demo: $(ENVIRONMENT)
+	$(PYTHON) pretrain.py --output-dir runs/demo
+	$(PYTHON) cluster_eval.py --checkpoint runs/demo/checkpoint.pth --output-dir runs/demo/classes --pixel-kmeans
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -m "not slow"
+
+test-slow: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -m slow
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+
+$(VENV)/installed: requirements-dev.txt
+	@$(SYSTEM_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+	  || { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) SYSTEM_PYTHON=/path/to/python3"; exit 2; }
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@

@@ -1,0 +1,249 @@
+"""Backbones, the projection head with NBS (batch norm before the softmax), and the multi-crop forward.
+
+Names and shapes of `Twist`'s state dict are those of the published network.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+ARCHS = ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+         "resnet50w2", "resnet50w4", "resnet50w5")
+
+
+# ---------------------------------------------------------------- batch norm over processes and bunches
+class _Normalize(torch.autograd.Function):
+    """y = (x - mean) / sqrt(var + eps) over the axes `dims` and the processes of `group`, exact gradients."""
+
+    @staticmethod
+    def forward(ctx, x, dims, eps, group):
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        if group is not None:    # every process holds equally many rows: plain means of means are right
+            parts = [torch.stack([mean, var])] * dist.get_world_size(group)
+            parts = [torch.empty_like(part) for part in parts]
+            dist.all_gather(parts, torch.stack([mean, var]), group=group)
+            means, variances = torch.stack(parts).unbind(1)
+            mean = means.mean(0)
+            var = (variances + (means - mean) ** 2).mean(0)     # no cancellation, unlike E[x²] - E[x]²
+        inv_std = (var + eps).rsqrt()
+        y = (x - mean) * inv_std
+        ctx.save_for_backward(y, inv_std)
+        ctx.dims, ctx.group = dims, group
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, _mean, _var):
+        y, inv_std = ctx.saved_tensors
+        both = torch.stack([dy.mean(ctx.dims, keepdim=True), (dy * y).mean(ctx.dims, keepdim=True)])
+        if ctx.group is not None:   # every process's loss depends on these statistics: sum the gradients
+            dist.all_reduce(both, group=ctx.group)
+            both /= dist.get_world_size(ctx.group)
+        return inv_std * (dy - both[0] - y * both[1]), None, None, None
+
+
+def bunch_layout(bunch_size, images, world_size):
+    """How bunches of `bunch_size` images lie over processes that hold `images` each.
+
+    Returns (bunches in a process, processes in a bunch); one of the two is 1. Raises ValueError where the
+    bunch neither divides a process's images nor is a multiple of them that divides the global batch.
+    """
+    if bunch_size is None:
+        return 1, world_size
+    if bunch_size > 1 and images % bunch_size == 0:
+        return images // bunch_size, 1
+    if bunch_size > 1 and bunch_size % images == 0 and world_size % (bunch_size // images) == 0:
+        return 1, bunch_size // images
+    raise ValueError(f"bunch size {bunch_size} does not fit: it must divide a process's {images} images, "
+                     f"or be a multiple of them that divides the global batch of {images * world_size}")
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all processes, or over bunches of `bunch_size` images; runs on any device.
+
+    x: [N, C] or [N, C, H, W]. With bunches the N rows are `num_views` blocks of the same images. Running
+    statistics are the mean over bunches, equal on all processes. nn.SyncBatchNorm refuses CPU tensors once a
+    process group exists, and knows no bunches; the names in the state dict are the same.
+    """
+
+    def __init__(self, num_features, affine=True, bunch_size=None, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.bunch_size, self.eps, self.momentum = bunch_size or None, eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self._groups = {}                                       # processes in a bunch -> process group
+
+    def _group(self, processes):
+        if processes == 1:
+            return None
+        if processes not in self._groups:                       # collective: every process comes by here
+            world = dist.group.WORLD
+            whole = processes == dist.get_world_size()
+            self._groups[processes] = world if whole else dist.new_subgroups(processes)[0]
+        return self._groups[processes]
+
+    def forward(self, x, num_views=1):
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        images = len(x) // num_views
+        if not self.training or (world_size == 1 and self.bunch_size in (None, images)):
+            if self.training:
+                self.num_batches_tracked += 1
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                                self.momentum, self.eps)
+
+        bunches, processes = bunch_layout(self.bunch_size, images, world_size)
+        if bunches == 1:
+            rows, dims = x, (0, *range(2, x.dim()))                               # [N, C] or [N, C, H, W]
+        else:
+            rows, dims = x.view(num_views, bunches, -1, *x.shape[1:]), (0, 2, *range(4, x.dim() + 2))
+        with torch.autocast(x.device.type, enabled=False):
+            wide = rows.float() if x.dtype in (torch.float16, torch.bfloat16) else rows
+            y, mean, var = _Normalize.apply(wide, dims, self.eps, self._group(processes))
+            y = y.view(x.shape)
+            if self.weight is not None:
+                shape = (1, -1) + (1,) * (x.dim() - 2)
+                y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
+            self._update_running_statistics(mean, var, x.numel() // x.shape[1] // bunches * processes,
+                                            reduce=processes < world_size)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean, var, count, reduce):
+        C = len(self.running_mean)
+        both = torch.stack([mean.reshape(-1, C).mean(0), var.reshape(-1, C).mean(0) * count / (count - 1)])
+        if reduce:
+            dist.all_reduce(both)
+            both /= dist.get_world_size()
+        self.running_mean.lerp_(both[0].to(self.running_mean), self.momentum)
+        self.running_var.lerp_(both[1].to(self.running_var), self.momentum)
+        self.num_batches_tracked += 1
+
+
+def synchronize_batch_norms(module):
+    """Replaces every torch batch norm below `module` by one over all processes; names and values stay."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            synced = BatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
+            synced.load_state_dict(child.state_dict())
+            setattr(module, name, synced)
+        else:
+            synchronize_batch_norms(child)
+
+
+# ---------------------------------------------------------------- backbones
+class ResNet(nn.Module):
+    """A ResNet of any widths from torchvision's blocks, without classifier; its names are torchvision's."""
+
+    def __init__(self, block, blocks, widths, stem_width, stem_kernel=7, max_pool=True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem_width, stem_kernel, stride=2, padding=stem_kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if max_pool else nn.Identity()
+        self.stages, inputs = [], stem_width
+        for i, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
+            layers, outputs = [], width * block.expansion
+            for j in range(depth):
+                stride, downsample = 2 if i > 0 and j == 0 else 1, None
+                if stride != 1 or inputs != outputs:
+                    downsample = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+                layers.append(block(inputs, width, stride, downsample))
+                inputs = outputs
+            self.stages.append(f"layer{i + 1}")
+            self.add_module(self.stages[-1], nn.Sequential(*layers))
+        self.feature_dim = inputs
+        for module in self.modules():                           # torchvision's initialisation
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return x.mean((2, 3))                                                     # [B, feature_dim]
+
+
+def build_backbone(arch, small_images=False):
+    """A network that maps images [B, 3, H, W] to features [B, module.feature_dim].
+
+    arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
+    stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
+    each of the widths 32, 64, 128 behind a 5×5 stem. small_images: 3×3 stem without stride and max-pool.
+    Raises ValueError for an unknown arch.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
+    if arch == "resnet8":
+        backbone = ResNet(BasicBlock, [1, 1, 1], [32, 64, 128], stem_width=32, stem_kernel=5, max_pool=False)
+    elif "w" in arch:
+        w = int(arch[-1])
+        backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)
+    else:
+        backbone = getattr(torchvision.models, arch)(weights=None)
+        backbone.feature_dim, backbone.fc = backbone.fc.in_features, nn.Identity()
+    if small_images:
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+# ---------------------------------------------------------------- TWIST
+class ProjectionHead(nn.Module):
+    """Linear-BN-ReLU twice, a last linear to C classes, then NBS: batch norm without affine parameters."""
+
+    def __init__(self, feature_dim, hidden_dim, num_classes, bunch_size=None, nbs=True):
+        super().__init__()
+        # The published head has an unused dropout after each activation; its places in the numbering stay.
+        self.projection_head = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
+            nn.Identity(),
+            nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True))
+        self.last_linear = nn.Linear(hidden_dim, num_classes)
+        self.norm = BatchNorm(num_classes, affine=False, bunch_size=bunch_size) if nbs else None
+
+    def forward(self, features, num_views=1):
+        """features [V·B, feature_dim], views one after the other -> logits [V·B, C]."""
+        logits = self.last_linear(self.projection_head(features))
+        return logits if self.norm is None else self.norm(logits, num_views)
+
+
+class Twist(nn.Module):
+    """Backbone and head. bunch_size: images that share one NBS (None: the whole global batch).
+
+    Built while a process group of several processes is up, its batch norms are synchronised over all of them.
+    """
+
+    def __init__(self, arch, num_classes=4096, hidden_dim=4096, bunch_size=None, nbs=True,
+                 small_images=False):
+        super().__init__()
+        self.backbone = build_backbone(arch, small_images)
+        self.projection_heads = ProjectionHead(self.backbone.feature_dim, hidden_dim, num_classes, bunch_size,
+                                               nbs)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            synchronize_batch_norms(self)
+
+    def forward(self, views):
+        """views: list of V tensors [B, 3, h, w] -> logits [V, B, C].
+
+        Consecutive views of one size share a pass through the backbone; all share one through the head, whose
+        batch statistics therefore mix global and local crops, as published.
+        """
+        features, start = [], 0
+        for i in range(1, len(views) + 1):
+            if i == len(views) or views[i].shape[-2:] != views[start].shape[-2:]:
+                features.append(self.backbone(torch.cat(views[start:i])))
+                start = i
+        logits = self.projection_heads(torch.cat(features), num_views=len(views))            # [V·B, C]
+        return logits.view(len(views), -1, logits.shape[-1])
+
+
+def build_twist(config):
+    """The Twist of a run's configuration (the flags of pretrain.py, as a checkpoint keeps them)."""
+    names = ("arch", "num_classes", "hidden_dim", "bunch_size", "nbs", "small_images")
+    return Twist(**{name: config[name] for name in names})

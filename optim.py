@@ -1,0 +1,64 @@
+"""LARS, parameter groups, and schedules as pure functions of the step."""
+
+import math
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling in the form TWIST was published with (You et al., arXiv 1708.03888).
+
+        v <- momentum * v + lr * trust * (g + weight_decay * w);  w <- w - v
+        trust = trust_coefficient * |w| / (|g| + weight_decay * |w|); 1 where either norm is zero
+
+    The learning rate is inside v (Barlow Twins keeps it outside, which differs while lr changes).
+    Groups with lars=False take trust = 1: plain momentum.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      trust_coefficient=trust_coefficient, lars=True))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                update = w.grad.add(w, alpha=group["weight_decay"])
+                if group["lars"]:   # tensors throughout: .item() would wait for the device, tensor by tensor
+                    w_norm, g_norm = w.norm(), w.grad.norm()
+                    trust = group["trust_coefficient"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
+                    update *= torch.where((w_norm > 0) & (g_norm > 0), trust, torch.ones_like(trust))
+                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                v.mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                w.sub_(v)
+
+
+def param_groups(model, weight_decay):
+    """[decayed, undecayed] groups of the trainable parameters; the second has no decay and no LARS scaling.
+
+    Undecayed: 1-D tensors (biases, norms), *.bias, pos_embed, cls_token, dist_token. Each group has `names`.
+    """
+    decayed = dict(params=[], names=[], weight_decay=weight_decay, lars=True)
+    undecayed = dict(params=[], names=[], weight_decay=0.0, lars=False)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            last = name.split(".")[-1]
+            plain = param.dim() <= 1 or last in ("bias", "pos_embed", "cls_token", "dist_token")
+            group = undecayed if plain else decayed
+            group["params"].append(param)
+            group["names"].append(name)
+    return [decayed, undecayed]
+
+
+def cosine(step, total_steps, start, end):
+    """Half a cosine from `start` at step 0 to `end` at step `total_steps`."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def warmup_cosine(step, total_steps, warmup_steps, peak, final):
+    """0 -> peak linearly over `warmup_steps` from step 0, then half a cosine towards `final`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return cosine(step - warmup_steps, total_steps - warmup_steps, peak, final)

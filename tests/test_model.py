@@ -1,0 +1,167 @@
+"""Networks and whole training steps against the published implementation's numbers and names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from filling import fill, fill_backbone, fill_noise, noise, sine_images
+
+from loss import twist_loss
+from model import (
+    ARCHS,
+    BatchNorm,
+    ProjectionHead,
+    Twist,
+    build_backbone,
+    bunch_layout,
+    synchronize_batch_norms,
+)
+from optim import LARS, param_groups
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnet50w2"])
+def test_backbone_computes_the_published_features(arch):
+    golden = np.load(GOLDEN / f"backbone_{arch}.npz")
+    backbone = build_backbone(arch).eval()
+    fill_backbone(backbone)
+    with torch.inference_mode():
+        for size, batch in ((224, 1), (96, 2)):
+            expected = golden[f"features_{size}"]
+            features = backbone(sine_images(batch, size)).numpy()
+            assert features.shape == (batch, backbone.feature_dim)
+            assert np.abs(features - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_projection_head_computes_the_published_logits():
+    golden = np.load(GOLDEN / "projection_head_resnet50.npz")
+    head = ProjectionHead(2048, hidden_dim=96, num_classes=64)
+    fill(head.state_dict())
+    logits = head(torch.from_numpy(golden["features"])).detach().numpy()
+    assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
+
+
+def test_state_dict_has_the_published_names_and_shapes():
+    golden = json.loads((GOLDEN / "model_state_dict_resnet50.json").read_text())
+    state = Twist("resnet50", num_classes=64, hidden_dim=96).state_dict()
+    assert {name: list(t.shape) for name, t in state.items()} == golden
+
+
+def test_three_training_steps_are_the_published_ones():
+    """Backbone, multi-crop forward, head, NBS, loss, gradient, LARS, groups together: in float64 to 1e-8."""
+    g = np.load(GOLDEN / "three_steps.npz")
+    batch, num_views = int(g["batch"]), int(g["num_views"])
+    model = Twist("resnet18", num_classes=64, hidden_dim=96).double()
+    fill_noise(model.state_dict())
+    views = [torch.from_numpy(noise(batch * 3 * s * s, 1000 + v)).view(batch, 3, s, s)
+             for v, s in enumerate([32, 32] + [16] * (num_views - 2))]
+    optimizer = LARS(param_groups(model, float(g["weight_decay"])), lr=0.0, momentum=float(g["momentum"]))
+    losses = []
+    for lr in g["learning_rates"]:
+        for group in optimizer.param_groups:
+            group["lr"] = float(lr)
+        loss = twist_loss(model(views), float(g["alpha"]), float(g["beta"]), float(g["eps"])).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, g["losses"], rtol=1e-8)
+    params = dict(model.named_parameters())
+    assert sorted(params) == sorted(g["names"])
+    norms = [params[name].detach().norm() for name in g["names"]]
+    np.testing.assert_allclose(norms, g["norms"], rtol=1e-8, atol=1e-10)
+    running_mean_norm = model.backbone.bn1.running_mean.norm().item()
+    np.testing.assert_allclose(running_mean_norm, g["running_mean_norm"], rtol=1e-8)
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "resnet34"])
+@pytest.mark.parametrize("small_images", [False, True])
+def test_every_backbone_maps_images_to_features(arch, small_images):
+    backbone = build_backbone(arch, small_images).eval()
+    features = backbone(torch.randn(2, 3, 28, 28))
+    assert features.shape == (2, backbone.feature_dim)
+    if small_images:
+        assert backbone.conv1.stride == (1, 1) and isinstance(backbone.maxpool, torch.nn.Identity)
+
+
+def test_unknown_arch_is_named():
+    with pytest.raises(ValueError, match="resnet9.*resnet50w5"):
+        build_backbone("resnet9")
+    assert "resnet152" in ARCHS
+
+
+def test_multicrop_forward_equals_separate_backbone_passes():
+    torch.manual_seed(0)
+    model = Twist("resnet8", num_classes=7, hidden_dim=16).eval()
+    views = [torch.randn(3, 3, s, s) for s in (28, 28, 12, 12, 12, 28)]
+    with torch.inference_mode():
+        expected = [model.projection_heads(model.backbone(view)) for view in views]
+        torch.testing.assert_close(model(views), torch.stack(expected))
+
+
+# ---------------------------------------------------------------- NBS in bunches
+def test_bunches_normalise_each_bunch_over_all_its_views():
+    torch.manual_seed(0)
+    V, bunches, bunch, C = 3, 4, 5, 6
+    x = torch.randn(V, bunches * bunch, C, dtype=torch.float64, requires_grad=True)
+    nbs = BatchNorm(C, affine=False, bunch_size=bunch).double()
+    y = nbs(x.view(-1, C), num_views=V).view(V, -1, C)
+    for b in range(bunches):
+        mine = slice(b * bunch, (b + 1) * bunch)
+        rows = x[:, mine].reshape(-1, C)
+        expected = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(y[:, mine].reshape(-1, C), expected)
+    rows = x.detach().view(V, bunches, bunch, C).transpose(0, 1).reshape(bunches, -1, C)
+    torch.testing.assert_close(nbs.running_mean, 0.1 * rows.mean(1).mean(0))
+    torch.testing.assert_close(nbs.running_var, 0.9 + 0.1 * rows.var(1).mean(0))
+    assert nbs.num_batches_tracked == 1
+
+
+def test_bunches_have_exact_gradients():
+    torch.manual_seed(0)
+    nbs = BatchNorm(3, affine=True, bunch_size=2).double()
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(nbs.weight)
+    assert torch.autograd.gradcheck(lambda x: nbs(x, num_views=2), x)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (4, 5, 3, 2)])
+def test_one_bunch_is_torchs_batch_norm(shape):
+    torch.manual_seed(0)
+    ours, torchs = BatchNorm(5), torch.nn.BatchNorm1d(5) if len(shape) == 2 else torch.nn.BatchNorm2d(5)
+    x = torch.randn(shape)
+    torch.testing.assert_close(ours(x), torchs(x))
+    assert ours.state_dict().keys() == torchs.state_dict().keys()
+    for name, value in torchs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+
+
+def test_bunch_layout():
+    assert bunch_layout(None, 32, 4) == (1, 4)
+    assert bunch_layout(8, 32, 4) == (4, 1)
+    assert bunch_layout(64, 32, 4) == (1, 2)
+    for bunch, images, world in ((24, 32, 4), (96, 32, 4), (1, 32, 4), (256, 32, 4)):
+        with pytest.raises(ValueError, match=f"bunch size {bunch} does not fit"):
+            bunch_layout(bunch, images, world)
+
+
+def test_without_nbs_logits_are_the_last_linears():
+    head = ProjectionHead(4, 8, 3, nbs=False)
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(head(x), F.linear(head.projection_head(x), head.last_linear.weight,
+                                                 head.last_linear.bias))
+
+
+def test_synchronising_keeps_names_and_values():
+    model = Twist("resnet8", num_classes=4, hidden_dim=8)
+    fill(model.state_dict())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    synchronize_batch_norms(model)
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
