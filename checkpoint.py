@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from model import build_twist
+
 VERSION = 1
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_FLAGS = {"workers", "print_every", "device", "amp", "output_dir", "timeout", "resume", "overwrite",
@@ -174,6 +176,17 @@ def _check_records(path):
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"checksum of {damaged} is wrong")
+
+
+def load_twist(path):
+    """The network of a pretrain.py checkpoint, every weight as saved, and that run's configuration."""
+    state = load_checkpoint(path)
+    try:
+        network = build_twist(state["config"])
+        network.load_state_dict(state["model"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
+    return network, state["config"]
 
 
 def load_last_checkpoint(out):

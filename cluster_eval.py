@@ -7,7 +7,8 @@ one (Hungarian algorithm); NMI, AMI, ARI and FMI need no matching. Labels are us
     python cluster_eval.py --checkpoint weights/fashion-mnist.pth
     python cluster_eval.py --checkpoint runs/pretrain/checkpoint.pth --split train --device cpu
 
-One process, on the CPU or one GPU. The predictions of any other program can be scored too:
+One process, on the CPU or one GPU; without --data the checkpoint's own. The predictions of any other program
+can be scored too:
 
     from cluster_eval import evaluate
     print(evaluate(labels, predictions))      # two arrays of integers, equally long
@@ -22,28 +23,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 
-from checkpoint import UserError, load_checkpoint, run, write_atomically
+from checkpoint import UserError, load_twist, run, write_atomically
 from data import build_dataset, normalize
-from model import build_twist
 
 MAX_CLUSTERS = 40      # on the contact sheet and in the printed list; metrics.json has all of them
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
-    add("--data", help="data set: fashion-mnist (embedded) or fake (default: the checkpoint's)")
-    add("--split", default="test", choices=("train", "test"), help="images to score (default: %(default)s)")
-    add("--output-dir", default="runs/cluster_eval",
-        help="folder for all that is written (default: %(default)s)")
-    add("--images-per-cluster", type=int, default=12, help="on the contact sheet (default: %(default)s)")
-    add("--batch-size", type=int, default=512, help="images in the GLOBAL batch (default: %(default)s)")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-        help="where to run (default: %(default)s)")
+    add("--data", help="data set: fashion-mnist (embedded) or fake")
+    add("--split", default="test", choices=("train", "test"), help="images to score")
+    add("--output-dir", default="runs/cluster_eval", help="folder for all that is written")
+    add("--images-per-cluster", type=int, default=12, help="on the contact sheet")
+    add("--pixel-kmeans", action="store_true", help="score k-means on the pixels of the images, too")
+    add("--batch-size", type=int, default=512, help="images in the GLOBAL batch")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     return parser
 
 
@@ -184,6 +185,12 @@ def predict(network, dataset, device, batch_size):
     return torch.cat(probabilities).numpy()
 
 
+def pixel_kmeans(images, num_clusters, seed):
+    """What needs no network: the cluster [N] of each image by k-means on its pixels, uint8 [N, C, H, W]."""
+    pixels = images.flatten(1).float().numpy()
+    return kmeans2(pixels, num_clusters, iter=50, minit="++", seed=seed)[1].astype(np.int64)
+
+
 def describe_clusters(predictions, labels=None, mapping=None, class_names=None):
     """A dict for each cluster with images, largest first: cluster, size; with labels also class (that of the
     mapping, None if unmatched), majority (the most frequent class) and purity (its share)."""
@@ -200,7 +207,7 @@ def describe_clusters(predictions, labels=None, mapping=None, class_names=None):
     return rows
 
 
-def caption(row, width=15):
+def caption(row, width=12):
     """One line about a cluster; its majority is named where that is not the class it is matched to."""
     def short(name):
         return name if len(name) <= width else name[:width - 1] + "…"
@@ -231,7 +238,7 @@ def draw_contact_sheet(path, images, predictions, confidences, clusters, images_
             strip[:, j * (W + gap):j * (W + gap) + W] = images[index].permute(1, 2, 0).numpy()
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(strip)
-        axes.set_title(caption(row), loc="left", fontsize=9, pad=3)
+        axes.set_title(caption(row), loc="left", fontsize=8, pad=3)
         axes.axis("off")
     left_out = f": the {len(shown)} largest of {len(clusters)}" if len(shown) < len(clusters) else ""
     figure.suptitle(f"Most confident images of each cluster{left_out}", fontsize=11)
@@ -261,7 +268,8 @@ def draw_confusion_matrix(path, labels, predicted_classes, class_names):
     axes = figure.add_subplot()
     picture = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
-    axes.set(xlabel="class that the predicted cluster is matched to", ylabel="true class")
+    last = "; last column: unmatched" if columns > rows else ""
+    axes.set(xlabel=f"class that the predicted cluster is matched to{last}", ylabel="true class")
     if rows <= 50:
         axes.set_xticks(range(columns), [*class_names, "unmatched"][:columns], rotation=90)
         axes.set_yticks(range(rows), class_names)
@@ -292,14 +300,8 @@ def main(args):
     device = torch.device(auto if args.device == "auto" else args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    state = load_checkpoint(args.checkpoint)
-    try:
-        network = build_twist(state["config"])
-        network.load_state_dict(state["model"])
-        name, seed = args.data or state["config"]["data"], state["config"]["seed"]
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{args.checkpoint}: not a network of this project ({reason})") from None
+    network, config = load_twist(args.checkpoint)
+    name, seed = args.data or config["data"], config["seed"]
 
     # ---------------------------------------------------------------- data
     dataset = build_dataset(name, args.split, seed)
@@ -327,11 +329,12 @@ def main(args):
     clusters = describe_clusters(predictions, labels, mapping, dataset.class_names)
     num_images, num_clusters = probabilities.shape
     print(f"{name}: {num_images:,} {args.split} images, {len(clusters)} of {num_clusters} clusters in use")
-    if scores:
-        print("  ACC {acc:.4f} (clusters matched to classes one to one)   top-5 {acc_top5:.4f}   "
-              "many-to-one {acc_majority:.4f}".format(**scores))
-        print("  NMI {nmi:.4f}   AMI {ami:.4f} (by the larger entropy {ami_max:.4f})   ARI {ari:.4f}   "
-              "FMI {fmi:.4f}".format(**scores))
+    scored = {"network": scores} if scores else {}
+    if scores and args.pixel_kmeans:
+        scored["k-means on pixels"] = evaluate(labels, pixel_kmeans(dataset.images, num_clusters, seed))
+    for title, s in scored.items():
+        print(f"  {title}: ACC {s['acc']:.4f} (clusters matched to classes one to one; many-to-one "
+              f"{s['acc_majority']:.4f})   NMI {s['nmi']:.4f}   AMI {s['ami']:.4f}   ARI {s['ari']:.4f}")
     for row in clusters[:MAX_CLUSTERS]:
         print(f"  {caption(row, width=30)}")
     if len(clusters) > MAX_CLUSTERS:
@@ -350,7 +353,8 @@ def main(args):
     except ImportError as error:
         print(f"no pictures: {error}")
     metrics = {"checkpoint": args.checkpoint, "data": name, "split": args.split, "num_images": num_images,
-               "num_clusters": num_clusters, **scores, "clusters": clusters}
+               "num_clusters": num_clusters, **scores, "clusters": clusters,
+               "pixel_kmeans": scored.get("k-means on pixels")}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     print(f"written: {out}")
 

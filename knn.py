@@ -6,7 +6,8 @@ weight exp(similarity / T). Nothing is trained, so it is a quick look at a repre
     python knn.py --checkpoint weights/fashion-mnist.pth
     python knn.py --checkpoint runs/pretrain/checkpoint.pth --k 20 --temperature 0.1 --device cuda
 
-One process, on the CPU or one GPU. The similarity matrix is never whole in memory.
+One process, on the CPU or one GPU; without --data the checkpoint's own. The similarity matrix is never whole
+in memory.
 """
 
 import argparse
@@ -16,23 +17,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, load_checkpoint, run, write_atomically
+from checkpoint import UserError, load_twist, run, write_atomically
 from data import build_dataset, normalize
-from model import build_twist
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
-    add("--data", help="data set: fashion-mnist (embedded) or fake (default: the checkpoint's)")
-    add("--output-dir", default="runs/knn", help="folder for all that is written (default: %(default)s)")
-    add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
-        help="neighbours that vote (default: 10 20 100 200)")
-    add("--temperature", type=float, default=0.07, help="T of the votes exp(similarity / T) (default: 0.07)")
-    add("--batch-size", type=int, default=512, help="images in the GLOBAL batch (default: %(default)s)")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-        help="where to run (default: %(default)s)")
+    add("--data", help="data set: fashion-mnist (embedded) or fake")
+    add("--output-dir", default="runs/knn", help="folder for all that is written")
+    add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote")
+    add("--temperature", type=float, default=0.07, help="T of the votes exp(similarity / T)")
+    add("--batch-size", type=int, default=512, help="images in the GLOBAL batch")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     return parser
 
 
@@ -106,14 +105,8 @@ def main(args):
     device = torch.device(auto if args.device == "auto" else args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    state = load_checkpoint(args.checkpoint)
-    try:
-        network = build_twist(state["config"])
-        network.load_state_dict(state["model"])
-        name, seed = args.data or state["config"]["data"], state["config"]["seed"]
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{args.checkpoint}: not a network of this project ({reason})") from None
+    network, config = load_twist(args.checkpoint)
+    name, seed = args.data or config["data"], config["seed"]
     backbone = network.backbone.to(device)
 
     # ------------------------------------------------------------------ data

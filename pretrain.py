@@ -310,7 +310,8 @@ def progress_line(entry, total_steps, eta):
     line = ("epoch {epoch} step {step}/{total} | loss {loss:.3f} = consistency {consistency:.3f}, sharpness "
             "{sharpness:.3f}, diversity {diversity:.3f} | mi {mi:.2f} ({mi_ratio:.0%}), classes "
             "{classes:.1f}, std {std_col:.2f} / {std_row:.2f}, grad {grad:.0e} | lr {lr:.1e} | "
-            "{images_per_s:.0f} images/s, waiting {waiting:.0%}, {memory_mib} MiB, ETA {minutes:.0f}:{seconds:02.0f}")
+            "{images_per_s:.0f} images/s, waiting {waiting:.0%}, {memory_mib} MiB, "
+            "ETA {minutes:.0f}:{seconds:02.0f}")
     line = line.format(**entry, total=total_steps, minutes=eta // 60, seconds=eta % 60)
     if "collapsed" in entry:
         line += f" | collapsed: {entry['collapsed']}"

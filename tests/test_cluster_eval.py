@@ -188,7 +188,7 @@ def test_describe_clusters():
                     {"cluster": 1, "size": 1, "class": NAMES[2], "majority": NAMES[2], "purity": 1.0}]
     assert caption(rows[0]) == "cluster 3 → dog   purity 75%   4 images"
     assert caption(rows[0] | {"class": None}) == "cluster 3 → unmatched   purity 75% (mostly dog)   4 images"
-    assert "a class with q…" in caption(rows[2])
+    assert "a class wit…" in caption(rows[2]) and NAMES[2] in caption(rows[2], width=30)
     assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3   4 images"          # without labels
 
 
@@ -232,6 +232,20 @@ def test_contact_sheet_shows_the_most_confident(tmp_path, monkeypatch, channels,
     assert ("40 largest of 60" in drawn[0].get_suptitle()) == (num_clusters == 60)
 
 
+def test_captions_do_not_overlap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    row = {"size": 12_345, "class": "Staffordshire terrier", "majority": "miniature schnauzer", "purity": 1.0}
+    rows = [row | {"cluster": 4000 + i} for i in range(6)]
+    images = torch.zeros(9, 1, 28, 28, dtype=torch.uint8)
+    draw_contact_sheet(tmp_path / "sheet.png", images, np.zeros(9), np.zeros(9), rows)
+    drawn[0].draw_without_rendering()
+    boxes = [ax._left_title.get_window_extent() for ax in drawn[0].axes]
+    strips = [ax.images[0].get_window_extent() for ax in drawn[0].axes]
+    assert boxes[0].x1 < boxes[1].x0 and boxes[0].y0 >= strips[0].y1 and boxes[2].y1 < strips[0].y0
+
+
 def test_pictures_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
@@ -264,7 +278,8 @@ def start(*argv):
 
 
 def test_command(checkpoint, tmp_path, capsys):
-    assert start("--checkpoint", checkpoint, "--output_dir", tmp_path, "--device", "cpu") == 0
+    assert start("--checkpoint", checkpoint, "--output_dir", tmp_path, "--device", "cpu",
+                 "--pixel-kmeans") == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rows = list(csv.DictReader(open(tmp_path / "assignments.csv", newline="")))
     labels = build_dataset("fake", "test", seed=3).labels.numpy()
@@ -277,17 +292,18 @@ def test_command(checkpoint, tmp_path, capsys):
     assert [metrics["mapping"][k] for k in predictions] == [int(row["mapped_label"]) for row in rows]
     assert sum(row["size"] for row in metrics["clusters"]) == metrics["num_images"] == 256
     out = capsys.readouterr().out
+    assert metrics["pixel_kmeans"]["acc"] > 0.5 and f"ACC {metrics['pixel_kmeans']['acc']:.4f}" in out
     assert f"ACC {metrics['acc']:.4f}" in out and caption(metrics["clusters"][0]) in out
 
 
 def test_batch_size_changes_nothing(checkpoint, tmp_path):
     """Evaluation mode: batch statistics would make an image's cluster depend on its neighbours."""
-    for size in (1, 256):
+    for size in (7, 256):
         out = tmp_path / str(size)
         assert start("--checkpoint", checkpoint, "--output-dir", out, "--batch-size", size) == 0
-    one, all_ = (np.loadtxt(tmp_path / size / "assignments.csv", delimiter=",", skiprows=1, usecols=(1, 2))
-                 for size in ("1", "256"))
-    np.testing.assert_allclose(one, all_, atol=2e-6)
+    few, all_ = (np.loadtxt(tmp_path / size / "assignments.csv", delimiter=",", skiprows=1, usecols=(1, 2))
+                 for size in ("7", "256"))
+    np.testing.assert_allclose(few, all_, atol=2e-6)
 
 
 def test_without_labels_nothing_is_scored(checkpoint, tmp_path, monkeypatch):
