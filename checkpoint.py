@@ -74,7 +74,7 @@ def open_output(args, stage):
         used = (out / "config.json").exists()
         if used and args.resume == "never" and not args.overwrite:
             raise UserError(f"--output-dir {out}: holds a run already; choose another or add --overwrite")
-        if used and args.resume == "auto" and not args.overwrite:
+        if used and not args.overwrite:
             refuse_difference(json.loads((out / "config.json").read_text()), config, out)
     state = None
     if args.resume not in ("auto", "never"):

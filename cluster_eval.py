@@ -296,10 +296,10 @@ def write_assignments(path, probabilities, labels=None, mapping=None, class_name
 
 def main(args):
     # ---------------------------------------------------------------- model
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    if device.type not in (best, "cpu"):
+        raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
     network, config = load_twist(args.checkpoint)
     name, seed = args.data or config["data"], config["seed"]
 

@@ -101,10 +101,10 @@ def knn_predict(train_features, train_labels, features, k, temperature, num_clas
 
 def main(args):
     # ------------------------------------------------------------------ model
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    if device.type not in (best, "cpu"):
+        raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
     network, config = load_twist(args.checkpoint)
     name, seed = args.data or config["data"], config["seed"]
     backbone = network.backbone.to(device)

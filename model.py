@@ -157,9 +157,6 @@ class ResNet(nn.Module):
             self.stages.append(f"layer{i + 1}")
             self.add_module(self.stages[-1], nn.Sequential(*layers))
         self.feature_dim = inputs
-        for module in self.modules():                           # torchvision's initialisation
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
@@ -183,6 +180,9 @@ def build_backbone(arch, small_images=False):
     elif "w" in arch:
         w = int(arch[-1])
         backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)
+        for module in backbone.modules():                       # torchvision's initialisation
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     else:
         backbone = getattr(torchvision.models, arch)(weights=None)
         backbone.feature_dim, backbone.fc = backbone.fc.in_features, nn.Identity()

@@ -110,7 +110,7 @@ def main(args):
     device = torch.device(best if args.device == "auto" else args.device)
     if device.type not in (best, "cpu"):
         raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
-    if device.type == "cuda":                                   # not run on a GPU here
+    if device.type == "cuda":                                   # this path was not run on a GPU here
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     amp = ("bf16" if device.type == "cuda" else "off") if args.amp == "auto" else args.amp
@@ -121,7 +121,7 @@ def main(args):
     dataset = build_dataset(args.data, "train", args.seed)
     check(args, dataset, world_size)
     size = args.image_size or dataset.images.shape[-1]
-    views = build_views(args.views, dataset.mean, dataset.std, size, args.local_size or size * 3 // 7,
+    views = build_views(args.views, dataset.mean, dataset.std, size, args.local_size or max(1, size * 3 // 7),
                         args.num_local)
     batches = Batches(dataset, args.batch_size, len(views), args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch

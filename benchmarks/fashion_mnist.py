@@ -4,8 +4,8 @@
     python benchmarks/fashion_mnist.py --seeds 0 --recipes classes
 
 ACC, NMI, ARI, AMI: of the 10,000 test images' predicted classes (k-means: fitted on the training pixels).
-20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression on
-standardised features, its strength chosen on 10,000 training images held out, then fitted on all 60,000.
+20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
+on standardised features, its strength chosen on 10,000 training images held out, then fitted on all 60,000.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def table(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: both")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
     parser.add_argument("--output-dir", default="runs/fashion_mnist", help="default: runs/fashion_mnist")
     args = parser.parse_args()
     folder = Path(args.output_dir).absolute()
@@ -120,8 +120,8 @@ def main():
                 results.append(trained(recipe, seed, train, test, folder))
                 write_atomically(path, json.dumps(results).encode())
     table(results)
-    print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {torch.get_num_threads()} threads, "
-          f"{platform.machine()}")
+    print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {platform.machine()}, "
+          f"{torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

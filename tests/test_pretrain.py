@@ -1,0 +1,215 @@
+"""The stages as a user runs them: by subprocess, alone and under torchrun, killed, resumed, misused."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import pretrain
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--data fake --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
+
+
+def start(command, **kwargs):
+    """A stage in a process of its own with one thread: the machines that test this have few cores."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.Popen([sys.executable, *shlex.split(str(command))], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def run(command, code=0):
+    return finish(start(command), code)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The undisturbed run that others are compared with."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    run(f"pretrain.py {SMALL} --output-dir {folder}")
+    return folder
+
+
+def test_chain_of_stages(trained, tmp_path):
+    first, *lines = log_lines(trained)
+    config = first["config"]
+    assert first["command"].startswith("python pretrain.py --data fake") and config["batch_size"] == 64
+    assert config["total_steps"] == 16 and config["peak_lr"] == config["lr"] / 4
+    entries = [line for line in lines if "loss" in line]
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10, 12, 14, 16]
+    for e in entries:
+        assert e["loss"] == pytest.approx(e["consistency"] + e["sharpness"] - e["diversity"], abs=1e-5)
+        assert 0 <= e["mi_ratio"] <= 1 and 1 <= e["classes"] <= 10.001 and e["grad"] > 0
+    assert entries[-1]["loss"] < entries[0]["loss"] and entries[-1]["knn_monitor"] > 0.5
+    assert lines[-1]["status"] == "done"
+    assert {path.name for path in trained.iterdir()} == {
+        ".lock", "checkpoint.pth", "backbone.pth", "config.json", "curves.png", "log.jsonl", "metrics.json"}
+    backbone = torch.load(trained / "backbone.pth", weights_only=True)
+    assert set(backbone) >= {"conv1.weight", "layer3.0.bn2.bias"}
+
+    out, _ = run(f"cluster_eval.py --checkpoint {trained}/checkpoint.pth --output-dir {tmp_path}/classes")
+    metrics = json.loads((tmp_path / "classes" / "metrics.json").read_text())
+    assert 0.1 <= metrics["acc"] <= 1 and "nmi" in metrics and f"{metrics['acc']:.4f}" in out
+    for name in ("assignments.csv", "contact_sheet.png", "confusion_matrix.png"):
+        assert (tmp_path / "classes" / name).stat().st_size > 1000
+    run(f"knn.py --checkpoint {trained}/checkpoint.pth --k 1 20 --output-dir {tmp_path}/knn")
+    assert (tmp_path / "knn" / "metrics.json").exists()
+
+
+def test_finished_run_says_so_and_changes_nothing(trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    out, _ = run(f"pretrain.py {SMALL} --output-dir {trained}")
+    assert "finished" in out
+    assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
+    """SIGKILL in mid-epoch; then with workers, for which views and order must not differ."""
+    command = f"pretrain.py {SMALL} --output-dir {tmp_path}/killed --save-every 1"
+    process = start(command)
+    wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
+    process.kill()
+    process.communicate()
+    step = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)["step"]
+    assert 2 <= step < 16 and step != 8, f"killed at step {step}: not in mid-epoch, make the run longer"
+    (tmp_path / "killed" / "log.jsonl").open("a").write('{"step": half a li')
+    run(f"{command} --workers 2")
+    assert {"resumed_from": step} in log_lines(tmp_path / "killed")
+    assert_same_weights(trained, tmp_path / "killed")
+
+
+def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
+    command = f"pretrain.py {SMALL} --output-dir {tmp_path}/run"
+    process = start(command)
+    wait_for(tmp_path / "run" / "log.jsonl", process)
+    while len(log_lines(tmp_path / "run")) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = finish(process, code=143)
+    assert "stopped by SIGTERM" in out and log_lines(tmp_path / "run")[-1]["status"].startswith("stopped by")
+    run(command)
+    assert_same_weights(trained, tmp_path / "run")
+
+
+def test_two_processes_under_torchrun_equal_one(trained, tmp_path):
+    """Not bit for bit: sums over two halves round otherwise, and training amplifies that."""
+    few = "--epochs 1 --print-every 1 --knn-every 0"
+    run(f"pretrain.py {SMALL} {few} --output-dir {tmp_path}/one")
+    out, _ = run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
+                 f"{SMALL} {few} --output-dir {tmp_path}/two")
+    assert "2 process(es)" in out
+    one, two = ([line["loss"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("one", "two"))
+    assert len(one) == 8
+    assert one[:3] == pytest.approx(two[:3], abs=1e-4) and one == pytest.approx(two, abs=0.05)
+
+
+def test_multicrop_every_optimizer_and_ablation_trains(tmp_path):
+    for i, flags in enumerate((
+            "--views multicrop --num-local 2 --optimizer lars --lr 0.5 --bunch-size 16 --clip-norm 1",
+            "--views barlow --optimizer sgd --lr 0.1 --no-nbs --alpha 0 --weight-decay-end 0.1",
+            "--views moco --beta 0 --arch resnet18 --small-images --image-size 16 --amp bf16 --eps 0")):
+        run(f"pretrain.py {SMALL} --epochs 1 --batch-size 128 {flags} --output-dir {tmp_path}/{i}")
+        losses = [line["loss"] for line in log_lines(tmp_path / str(i)) if "loss" in line]
+        assert all(abs(loss) < 100 for loss in losses)
+
+
+def test_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(tmp_path):
+    _, err = run(f"pretrain.py {SMALL} --lr 1e30 --optimizer sgd --warmup-epochs 0 --no-nbs --save-every 1 "
+                 f"--output-dir {tmp_path}/run", code=3)
+    assert err.count("\n") == 1 and "is not finite" in err
+    saved = list((tmp_path / "run").glob("checkpoint*.pth"))
+    states = [torch.load(path, weights_only=True)["model"] for path in saved]
+    assert all(t.isfinite().all() for state in states for t in state.values())
+
+
+@pytest.mark.parametrize("bad, names", [
+    ("", None), ("--data nowhere", "nowhere"), ("--arch resnet9", "resnet9"),
+    ("--num-classes 1", "num-classes"),
+    ("--epochs 0", "epochs"), ("--bunch-size 24", "bunch size 24"), ("--batch-size 1024", "1024"),
+    ("--lr nan", "lr"), ("--print-every 51", "print-every"), ("--resume nothing.pth", "nothing.pth"),
+    ("--output-dir Makefile", "Makefile"), ("--num-local 2 --views barlow", "num-local"),
+    ("--bunch_sise 3", "--bunch-sise"), ("@recipes/none.txt", "recipes/none.txt")])
+def test_bad_input_is_one_line_and_code_2(bad, names, tmp_path, capsys, monkeypatch):
+    """In this process, as importing torch costs more than all else; the first, sound, command trains."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    command = f"{SMALL} --epochs 1 --output-dir {tmp_path}/bad {bad}"
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.run(pretrain.main, pretrain.get_parser(), shlex.split(command))
+    err = capsys.readouterr().err
+    if names is None:
+        assert not stop.value.code and (tmp_path / "bad" / "metrics.json").exists()
+    else:
+        assert stop.value.code == 2 and err.count("\n") == 1 and names in err, err
+        assert not (tmp_path / "bad").exists()
+
+
+def test_used_folders_and_recipes(tmp_path):
+    """Flags spelled with `_` and a recipe file; then the same folder with other flags, damage, and leave."""
+    (tmp_path / "recipe.txt").write_text("# a comment\n--bunch-size 32  # images\n\n--num_classes 12\n")
+    run(f"pretrain.py @{tmp_path}/recipe.txt {SMALL} --epochs 1 --num_local 0 --output_dir {tmp_path}/good")
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+    assert config["bunch_size"] == 32 and config["num_classes"] == 12
+
+    command = f"pretrain.py @{tmp_path}/recipe.txt {SMALL} --epochs 1 --output-dir {tmp_path}/good"
+    before = (tmp_path / "good" / "checkpoint.pth").read_bytes()
+    _, err = run(f"{command} --lr 0.1", code=2)
+    assert "lr was 0.004, is 0.1" in err and err.count("\n") == 1
+    _, err = run(f"{command} --resume never", code=2)
+    assert "holds a run already" in err
+    (tmp_path / "broken.pth").write_bytes(before[:len(before) // 2])
+    _, err = run(f"{command}2 --resume {tmp_path}/broken.pth", code=2)
+    assert "broken.pth: not a readable checkpoint" in err and not (tmp_path / "good2").exists()
+    assert (tmp_path / "good" / "checkpoint.pth").read_bytes() == before
+    run(f"{command} --lr 0.1 --overwrite")
+
+
+def test_processes_that_do_not_divide_the_batch(tmp_path):
+    _, err = run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
+                 f"{SMALL} --batch-size 63 --output-dir {tmp_path}/bad", code=1)
+    assert err.count("--batch-size 63: not divisible by the 2 processes") == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    command = f"pretrain.py {SMALL} --epochs 50 --output-dir {tmp_path}/run"
+    first = start(command)
+    wait_for(tmp_path / "run" / "log.jsonl", first)
+    _, err = run(command, code=2)
+    assert "another run is using this folder" in err
+    first.kill()
+    first.communicate()
