@@ -26,7 +26,7 @@ UNIFORMS = 36                    # random numbers in one view of one image, see 
 # ---------------------------------------------------------------- data sets
 @dataclass
 class ImageSet:
-    """images uint8 [N, C, H, W], labels int64 [N] or None; mean and std of the pixels on the scale 0..1."""
+    """images uint8 [N, C, H, W], labels int64 [N] or None; mean, std: to normalise pixels of 0..1."""
     images: torch.Tensor
     labels: torch.Tensor | None
     class_names: list
@@ -45,9 +45,9 @@ def build_dataset(name, split, seed=0):
         labels = _read_idx(FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").long()
         return ImageSet(images, labels, list(FASHION_MNIST_CLASSES), mean=0.2860, std=0.3530)
     if name == "fake":           # per class one colour pattern, under noise: enough to see a loss go down
-        rng = np.random.default_rng([seed, 0 if split == "train" else 1])
+        rng = np.random.default_rng([seed, 3 if split == "train" else 4])
         labels = rng.permutation(np.arange(512 if split == "train" else 256) % 10)
-        patterns = np.random.default_rng(seed).integers(0, 256, (10, 3, 4, 4)).repeat(8, 2).repeat(8, 3)
+        patterns = np.random.default_rng([seed, 5]).integers(0, 256, (10, 3, 4, 4)).repeat(8, 2).repeat(8, 3)
         images = np.clip(patterns[labels] + rng.normal(0, 40, (len(labels), 3, 32, 32)), 0, 255)
         return ImageSet(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels),
                         [f"class {c}" for c in range(10)], mean=0.5, std=0.25)
@@ -81,10 +81,10 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
+            self._order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.dataset))
             self._epoch = epoch
         indices = self._order[place * self.batch_size:][self.mine]
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = np.random.default_rng([self.seed, 2, step])
         uniforms = rng.random((self.num_views, self.batch_size, UNIFORMS), dtype=np.float32)[:, self.mine]
         return self.dataset.images[torch.from_numpy(indices)], torch.from_numpy(uniforms)
 
@@ -192,8 +192,9 @@ def _apply(op, x, chosen, *params):
 def crop_resize(images, top, left, height, width, size, flip):
     """Crops [B] of uint8 images [B, C, H, W] at bicubic [B, C, size, size] in 0..1, some mirrored.
 
-    Pillow's resize: antialiased, a = -0.5, horizontal before vertical and clamped between. Two matrices per
-    image; a mirrored image is one whose horizontal matrix stands upside down.
+    Pillow's resize (up to version 12; 13 turns the order of the axes for some shapes): antialiased, a = -0.5,
+    horizontal before vertical and clamped between. Two matrices per image; a mirrored image is one whose
+    horizontal matrix stands upside down.
     """
     H, W = images.shape[-2:]
     top, left, height, width, flip = (t.to(images.device) for t in (top, left, height, width, flip))
@@ -210,9 +211,9 @@ def _bicubic_matrix(start, length, in_size, out_size):
     place = torch.arange(in_size, device=start.device) + 0.5                      # [in_size], pixel centres
     target = torch.arange(out_size, device=start.device)[:, None] + 0.5           # [out_size, 1]
     x = ((place - start[:, None, None] - target * scale) / scale.clamp_min(1)).abs()
-    a = -0.5
-    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * x * a - 4 * a
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    # cubic convolution, a = -0.5: two pieces that end at 1 and at 2, added without choosing between them
+    near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
+    weights = near * near * (1 - 2 * near) + far * far * (far - 1) / 2
     inside = (place > start[:, None]) & (place < (start + length)[:, None])       # [B, in_size]
     weights = weights * inside[:, None]                                           # nothing from outside
     return weights / weights.sum(-1, keepdim=True)

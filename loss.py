@@ -61,18 +61,18 @@ def twist_loss(logits, alpha=1.0, beta=1.0, eps=1e-5, num_global=2, riders=None)
         p = F.softmax(z, dim=-1)                                                     # [V, B, C]
         log_p = torch.log(p + eps) if eps > 0 else F.log_softmax(z, dim=-1)          # [V, B, C]
 
-        # With w_v the number of pairs that view v is in, and KL(p, q) + KL(q, p) = (p - q)·(log p - log q):
-        #   sum over pairs of p_g·log p_s + p_s·log p_g  needs only the sums over all views after each g.
-        num_pairs = sum(V - 1 - g for g in range(min(num_global, V - 1)))
-        in_pairs = [V - 1 if v < num_global else num_global for v in range(V)]
+        # KL(p, q) + KL(q, p) = (p - q)·(log p - log q); the pairs are all that have a global view in them:
+        #   sum over pairs of p_a·log p_b + p_b·log p_a  needs only the sums over global and over local views.
+        G = num_global
+        num_pairs = sum(V - 1 - g for g in range(min(G, V - 1)))
+        in_pairs = [V - 1 if v < G else G for v in range(V)]
         weight = z.new_tensor(in_pairs) / (2 * num_pairs)                            # [V], sums to 1
-        sharpness_local = -weight @ (p * log_p).sum(-1).mean(1)
-        cross, later_p, later_log_p = 0.0, p[num_global:].sum(0), log_p[num_global:].sum(0)   # [B, C]
-        for g in reversed(range(num_global)):
-            cross = cross - (p[g] * later_log_p).sum() - (later_p * log_p[g]).sum()
-            if g > 0:
-                later_p, later_log_p = later_p + p[g], later_log_p + log_p[g]
-        consistency_local = cross / (2 * num_pairs * B) - sharpness_local
+        own = (p * log_p).sum(-1)                                                    # [V, B], minus entropies
+        (p_global, p_local), (log_p_global, log_p_local) = (
+            [part.sum(0) for part in x.split([G, V - G])] for x in (p, log_p))       # 4 × [B, C]
+        cross = (p_global * (log_p_global + log_p_local) + p_local * log_p_global).sum() - own[:G].sum()
+        sharpness_local = -weight @ own.mean(1)
+        consistency_local = -cross / (2 * num_pairs * B) - sharpness_local
         m_local = p.mean(1)                                                          # [V, C]
 
         # One collective for all: the batch means, the two per-image terms (values only) and the riders.

@@ -4,8 +4,8 @@
     python benchmarks/fashion_mnist.py --seeds 0 --recipes classes
 
 ACC, NMI, ARI, AMI: of the 10,000 test images' predicted classes (k-means: fitted on the training pixels).
-20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
-on standardised features, its strength chosen on 10,000 training images held out, then fitted on all 60,000.
+20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression on
+centred and scaled features, its C chosen on 10,000 training images held out, then fitted on all 60,000.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import sklearn
 import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,14 +39,14 @@ def knn_accuracy(train_features, train, features, test):
 
 
 def linear_accuracy(train_features, train, features, test):
-    scaler = StandardScaler().fit(train_features)
-    x, x_test = scaler.transform(train_features), scaler.transform(features)
+    mean, scale = train_features.mean(0), train_features.std()
+    x, x_test = (train_features - mean) / scale, (features - mean) / scale
     y, y_test = train.labels.numpy(), test.labels.numpy()
 
     def score(C, fit, held):
-        return LogisticRegression(C=C, max_iter=300).fit(x[fit], y[fit]).score(*held)
+        return LogisticRegression(C=C, max_iter=200, tol=1e-3).fit(x[fit], y[fit]).score(*held)
 
-    best = max((0.001, 0.01, 0.1, 1.0), key=lambda C: score(C, slice(50_000), (x[50_000:], y[50_000:])))
+    best = max((0.01, 0.1, 1.0), key=lambda C: score(C, slice(50_000), (x[50_000:], y[50_000:])))
     return score(best, slice(None), (x_test, y_test))
 
 

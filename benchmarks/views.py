@@ -1,0 +1,127 @@
+"""Batched views beside torchvision's per-sample pipeline, and their share of a training step.
+
+    python benchmarks/views.py                 on a CPU; OMP_NUM_THREADS=1 on a machine that does other work
+
+Images a second with two views each: ours in this process, and torchvision's transforms on Pillow images in a
+DataLoader with 2 workers, in turns. Then steps of pretrain.py's default network, the views timed inside them.
+"""
+
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import PIL
+import torch
+import torchvision
+import torchvision.transforms as T
+from PIL import Image, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import VIEWS, Batches, build_dataset, build_views  # noqa: E402
+from loss import twist_loss  # noqa: E402
+from model import Twist  # noqa: E402
+from optim import param_groups  # noqa: E402
+
+BATCH, WORKERS = 128, 2
+ROUNDS, BATCHES, STEPS = 5, 20, 60             # rounds of so many batches; training steps
+
+
+def per_sample_view(dataset, scale, jitter, gray=0.0, blur=0.0, solarize=0.0):
+    """One view of a Pillow image by torchvision's transforms; those that never happen are left out."""
+    _, channels, size, _ = dataset.images.shape
+
+    def blurred(image):
+        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))
+
+    steps = [(1, T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)),
+             (1, T.RandomHorizontalFlip()), (0.8, T.ColorJitter(*jitter)), (gray, T.Grayscale(channels)),
+             (blur, T.Lambda(blurred)), (solarize, T.Lambda(ImageOps.solarize)), (1, T.ToTensor()),
+             (1, T.Normalize([dataset.mean] * channels, [dataset.std] * channels))]
+    return T.Compose([step if p == 1 else T.RandomApply([step], p) for p, step in steps if p > 0])
+
+
+class PerSample(torch.utils.data.Dataset):
+    """Item i is the two views of image i."""
+
+    def __init__(self, dataset, recipe):
+        pixels = dataset.images.permute(0, 2, 3, 1).numpy()
+        self.images = [Image.fromarray(image.squeeze()) for image in pixels]
+        self.views = [per_sample_view(dataset, **kwargs) for kwargs in VIEWS[recipe][:2]]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return [view(self.images[i]) for view in self.views]
+
+
+def per_sample_rate(loader):
+    """Images a second, over all of the loader's batches."""
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return len(loader) * BATCH / (time.perf_counter() - start)
+
+
+def make_views(batches, views, step):
+    images, uniforms = batches[step]
+    return [view(images, u).contiguous(memory_format=torch.channels_last)
+            for view, u in zip(views, uniforms, strict=True)]
+
+
+def batched_rate(batches, views):
+    """Images a second, from the data set to the network's input."""
+    start = time.perf_counter()
+    for step in range(BATCHES):
+        make_views(batches, views, step)
+    return BATCHES * BATCH / (time.perf_counter() - start)
+
+
+def step_seconds(batches, views):
+    """Medians over STEPS training steps: seconds of a step, and of making its views."""
+    torch.manual_seed(0)
+    model = Twist("resnet8", num_classes=10, hidden_dim=512).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-4), lr=1e-3)
+    seconds = []
+    for step in range(STEPS + 3):
+        start = time.perf_counter()
+        x = make_views(batches, views, step)
+        made = time.perf_counter()
+        loss = twist_loss(model(x)).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append((time.perf_counter() - start, made - start))
+    return [statistics.median(column) for column in zip(*seconds[3:], strict=True)]      # three to warm up
+
+
+def compare(name, recipe, required=("", "")):
+    dataset = build_dataset(name, "train")
+    size = dataset.images.shape[-1]
+    views = build_views(recipe, dataset.mean, dataset.std, size)
+    batches = Batches(dataset, BATCH, len(views), seed=0)
+    some = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=BATCH * BATCHES)
+    loader = torch.utils.data.DataLoader(PerSample(dataset, recipe), BATCH, sampler=some, num_workers=WORKERS,
+                                         persistent_workers=True)
+    rates = [(batched_rate(batches, views), per_sample_rate(loader)) for _ in range(ROUNDS + 1)]
+    ours, theirs = (statistics.median(column) for column in zip(*rates[1:], strict=True))   # one to warm up
+    print(f"{name} {size} × {size}, views '{recipe}': ours {ours:,.0f} images/s in this process, torchvision "
+          f"{theirs:,.0f} with {WORKERS} workers: {ours / theirs:.1f}-fold{required[0]}")
+    step, made = step_seconds(batches, views)
+    print(f"  of a training step of {1e3 * step:.1f} ms the views take {1e3 * made:.1f} ms: "
+          f"{made / step:.1%}{required[1]}", flush=True)
+
+
+def main():
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
+    print(f"Python {platform.python_version()}, {versions}, CPU, {torch.get_num_threads()} threads\n"
+          f"batch {BATCH}, two views of each image; training step: resnet8, head 512, AdamW", flush=True)
+    compare("fashion-mnist", "fashion-mnist", (" (required: at least 10)", " (required: under 15%)"))
+    compare("fake", "barlow")
+
+
+if __name__ == "__main__":
+    main()

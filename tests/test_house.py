@@ -1,0 +1,94 @@
+"""What the project promises about itself: its README, its flags, its imports."""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint import parse_args
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+STAGES = [name for name in SCRIPTS if "def get_parser" in (ROOT / name).read_text()]
+SHARED = {"loss.py", "model.py", "data.py", "optim.py", "checkpoint.py"}
+README = (ROOT / "README.md").read_text()
+
+
+def parser_of(script):
+    return importlib.import_module(script.removesuffix(".py")).get_parser()
+
+
+def flags_of(script):
+    return {flag: action for action in parser_of(script)._actions for flag in action.option_strings
+            if action.dest != "help"}
+
+
+def test_every_file_is_a_stage_or_one_of_five_shared_ones():
+    assert set(SCRIPTS) - set(STAGES) == SHARED
+
+
+def test_one_flag_has_one_type_and_one_help_text_everywhere():
+    seen = {}
+    for script in STAGES:
+        for flag, action in flags_of(script).items():
+            meaning = (action.type, action.choices and list(action.choices), action.help, action.nargs)
+            assert seen.setdefault(flag, meaning) == meaning, f"{script} {flag}"
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_flag_has_help_and_is_read(script):
+    source = (ROOT / script).read_text()
+    shared = (ROOT / "checkpoint.py").read_text()               # open_output reads --resume and --overwrite
+    for flag, action in flags_of(script).items():
+        assert action.help and "_" not in flag
+        if action.help != argparse.SUPPRESS:
+            assert re.search(rf"args\.{action.dest}\b", source + shared), f"{script} never reads {flag}"
+
+
+def test_every_stage_chooses_its_device_alike():
+    block = r'    best = "cuda".*?would take {best}"\)\n'
+    blocks = [re.search(block, (ROOT / script).read_text(), re.DOTALL)
+              for script in STAGES]
+    assert all(blocks) and len({block[0] for block in blocks}) == 1
+
+
+def test_readme_commands_parse():
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.strip()]
+    parsed = 0
+    for words in commands:
+        script = next((word for word in words if word in STAGES), None)
+        if script:
+            parse_args(parser_of(script), words[words.index(script) + 1:])
+            parsed += 1
+        elif words[0] == "python":
+            assert (ROOT / words[1]).exists() or words[1] == "-m", words
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    assert parsed >= 4
+
+
+def test_readme_table_of_files_is_complete():
+    named = set(re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE))
+    assert named >= set(SCRIPTS) and all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.txt")))
+def test_recipes_parse(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse_args(parser_of("pretrain.py"), [f"@recipes/{recipe}"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_the_four_packages_are_imported(script):
+    tree = ast.parse((ROOT / script).read_text())
+    names = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import)
+             for alias in node.names}
+    names |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
+    ours = {name.removesuffix(".py") for name in SCRIPTS}
+    assert names <= {"torch", "torchvision", "numpy", "scipy"} | ours | sys.stdlib_module_names

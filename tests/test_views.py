@@ -1,0 +1,347 @@
+"""Views against Pillow, torchvision and scipy; their distributions; batches and data sets.
+
+    pytest tests/test_views.py
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps
+from scipy import ndimage, stats
+from sklearn.datasets import load_sample_image
+
+import data
+from checkpoint import UserError
+from data import FASHION_MNIST, UNIFORMS, VIEWS, Batches, RandomView, build_dataset, build_views
+
+# The published table, view by view: scale, (brightness, contrast, saturation, hue), gray, blur, solarise.
+PUBLISHED = {
+    "barlow": [((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0),
+               ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2)],
+    "moco": [((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0),
+             ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0)],
+    "multicrop": [((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0),
+                  ((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2),
+                  ((0.05, 0.4), (0.4, 0.4, 0.2, 0.1), 0.2, 0.5, 0.0)],
+}
+ROWS = 20_000                    # views drawn to look at a distribution
+SURE = 1e-4                      # least p-value; seeds are fixed, so a test passes always or never
+
+
+def photograph(channels=3):
+    """uint8 [C, 427, 640]: a real picture, smooth and sharp."""
+    image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+    return image if channels == 3 else image[1:2].contiguous()
+
+
+def colours():
+    """float32 [3, 16, 16] in 0..1: random, with black, white, gray, primaries, and both sides of hue 0."""
+    x = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    special = [(0, 0, 0), (1, 1, 1), (0.5, 0.5, 0.5), (1, 0, 0), (0, 1, 0), (0, 0, 1),
+               (1, 0, 0.01), (1, 0.01, 0)]
+    x[:, 0, :8] = torch.tensor(special).T
+    return x
+
+
+def pillow(image):
+    """A PIL image of uint8 [C, H, W]."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def levels(picture):
+    """The other way: int [C, H, W]."""
+    array = np.asarray(picture).astype(int)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def uniforms(rows, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).random((rows, UNIFORMS), dtype=np.float32))
+
+
+# ---------------------------------------------------------------- operations on fixed parameters
+def random_boxes(rng, number, height, width):
+    """(top, left, height, width), each [number]: of all sizes and places, and the whole picture."""
+    h, w = rng.integers(1, height + 1, number), rng.integers(1, width + 1, number)
+    h[:3], w[:3] = (height, 1, height), (width, width, 1)
+    return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+
+
+def pillows_resize(crop, size):
+    """crop.resize((size, size), BICUBIC), one axis a call: horizontal first, whatever the version.
+
+    Up to Pillow 12 it always is. From 13 on vertical comes first where the height shrinks by more than twice
+    what the width does; as levels are clamped in between, some then differ by ten and more.
+    """
+    crop = crop.resize((size, crop.height), Image.BICUBIC)
+    return crop.resize((size, size), Image.BICUBIC)
+
+
+@pytest.mark.parametrize("channels, height, width, size, number", [
+    (1, 28, 28, 28, 100), (1, 28, 28, 12, 100), (3, 32, 32, 32, 100), (3, 23, 41, 28, 100),
+    (3, 32, 20, 96, 30), (1, 427, 640, 28, 20), (3, 427, 640, 96, 20), (3, 427, 640, 224, 20)])
+def test_crop_resize_is_pillows(channels, height, width, size, number):
+    rng = np.random.default_rng(size)
+    top, left = (0, 0) if height == 427 else (150, 250)                           # the whole, or a busy spot
+    picture = photograph(channels)[:, top:top + height, left:left + width]
+    boxes, flip = random_boxes(rng, number, height, width), torch.from_numpy(rng.random(number) < 0.5)
+    ours = data.crop_resize(picture.expand(number, -1, -1, -1), *map(torch.from_numpy, boxes), size, flip)
+    assert ours.shape == (number, channels, size, size) and ours.min() >= 0 and ours.max() <= 1
+    shift = []
+    for mine, top, left, h, w, mirrored in zip(255 * ours.numpy(), *boxes, flip, strict=True):
+        crop = pillow(picture).crop((left, top, left + w, top + h))
+        theirs = pillows_resize(crop, size)
+        if h <= size:                                                             # in every version
+            assert theirs == crop.resize((size, size), Image.BICUBIC)
+        theirs = levels(ImageOps.mirror(theirs) if mirrored else theirs)
+        assert np.abs(mine.round() - theirs).max() <= 1
+        shift.append((mine - theirs).mean())
+    assert abs(np.mean(shift)) < 0.03                          # half a level everywhere would pass the above
+
+
+def test_gray_and_solarize_are_pillows():
+    picture = photograph()
+    gray = 255 * data.gray(picture[None] / 255)[0].numpy()
+    assert np.abs(gray - levels(pillow(picture).convert("L"))).max() <= 1
+    every_level = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    assert data.gray(every_level[None]).equal(every_level[None])
+    for image in (picture, every_level):
+        ours = 255 * data.solarize(image[None] / 255)[0].numpy()
+        np.testing.assert_allclose(ours, levels(ImageOps.solarize(pillow(image), 128)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name, factors", [
+    ("brightness", (0.0, 0.6, 1.0, 1.4, 1.8)), ("contrast", (0.0, 0.2, 1.0, 1.4, 1.8)),
+    ("saturation", (0.0, 0.6, 1.0, 1.4)), ("hue", (-0.5, -0.1, -0.02, 0.0, 0.03, 0.1, 0.5))])
+def test_jitter_is_torchvisions(name, factors):
+    """All factors in one batch; on colours, on a photograph, and where it means something on one channel."""
+    ours, theirs = getattr(data, f"adjust_{name}"), getattr(TF, f"adjust_{name}")
+    pictures = [colours(), photograph()[:, 100:164, 200:264] / 255]
+    if name in ("brightness", "contrast"):
+        pictures += [x[1:2] for x in pictures]
+    for x in pictures:
+        batch = ours(x.repeat(len(factors), 1, 1, 1), torch.tensor(factors).view(-1, 1, 1, 1))
+        for mine, factor in zip(batch, factors, strict=True):
+            torch.testing.assert_close(mine, theirs(x, factor), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [12, 28, 96])
+def test_blur_is_a_true_gaussian(size):
+    x = photograph()[:, 150:150 + size, 250:250 + size] / 255
+    x[:, 0, 0], x[:, -1, -1], x[:, size // 2, size // 2] = 1, 0, 1            # peaks at the edges and within
+    sigmas = torch.linspace(0.1, 2, 9)
+    ours = data.gaussian_blur(x.expand(9, -1, -1, -1), sigmas.view(-1, 1, 1, 1))
+    for mine, sigma in zip(ours, sigmas.tolist(), strict=True):
+        theirs = ndimage.gaussian_filter(x.double().numpy(), (0, sigma, sigma), mode="nearest", truncate=20)
+        assert 255 * np.abs(mine.numpy() - theirs).max() < 0.1
+
+
+# ---------------------------------------------------------------- random parameters
+def test_recipes_are_the_published_ones():
+    for name, published in PUBLISHED.items():
+        num_local = 12 if len(published) == 3 else 0
+        views = build_views(name, 0.5, 0.25, 224, 96, num_local)
+        assert len(VIEWS[name]) == len(published) and [v.size for v in views] == [224] * 2 + [96] * num_local
+        for v, view in enumerate(views):
+            ours = (view.scale, view.jitter, view.gray, view.blur, view.solarize)
+            assert ours == published[min(v, 2)], (name, v)
+            assert (view.flip, view.jitter_p) == (0.5, 0.8)
+            assert (view.ratio, view.sigma) == ((3 / 4, 4 / 3), (0.1, 2.0))
+    with pytest.raises(UserError, match="--num-local 6: .*barlow"):
+        build_views("barlow", 0.5, 0.25, 224, 96, 6)
+
+
+@pytest.mark.parametrize("name, v", [(name, v) for name in VIEWS for v in range(len(VIEWS[name]))])
+def test_draw_has_the_distributions_of_the_recipe(name, v):
+    view = RandomView(28, 0.5, 0.25, **VIEWS[name][v])
+    p = view.draw(uniforms(ROWS, seed=v), 32, 32)
+    shares = dict(flip=0.5, jitter=0.8, gray=view.gray, blur=view.blur, solarize=view.solarize)
+    for key, share in shares.items():
+        standard_error = (share * (1 - share) / ROWS) ** 0.5                      # 0 for never and always
+        assert abs(p[key].double().mean() - share) <= 4 * standard_error, key
+    b, c, s, h = view.jitter
+    for key, low, high in (("brightness", 1 - b, 1 + b), ("contrast", 1 - c, 1 + c),
+                           ("saturation", 1 - s, 1 + s), ("hue", -h, h), ("sigma", 0.1, 2.0)):
+        values = p[key].double().numpy()
+        assert low - 1e-6 <= values.min() and values.max() <= high + 1e-6, key
+        if high > low:
+            assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > SURE, key
+    orders, counts = np.unique(p["order"].numpy(), axis=0, return_counts=True)
+    assert len(orders) == 24 and stats.chisquare(counts).pvalue > SURE
+
+
+def test_parameters_are_drawn_independently():
+    """Each from numbers of its own: no two are correlated, whatever each looks like alone."""
+    view = RandomView(28, 0.5, 0.25, (0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, blur=0.5, solarize=0.5)
+    p = {key: value.double() for key, value in view.draw(uniforms(ROWS), 375, 375).items()}
+    columns = [p[key] for key in ("flip", "jitter", "gray", "blur", "solarize", "brightness", "contrast",
+                                  "saturation", "hue", "sigma")]
+    columns += [(p["top"] + 0.5) / (376 - p["height"]), (p["left"] + 0.5) / (376 - p["width"])]
+    columns += [p["height"] * p["width"], (p["width"] / p["height"]).log(), *p["order"][:, :3].T]
+    correlation = torch.corrcoef(torch.stack(columns)).fill_diagonal_(0)
+    correlation[-3:, -3:] = 0                     # places of a permutation exclude each other
+    assert correlation.abs().max() < 5 / ROWS ** 0.5
+
+
+@pytest.mark.parametrize("height, width, scale, fallback", [
+    (28, 28, (0.4, 1), False), (375, 500, (0.08, 1), False), (500, 375, (0.05, 0.4), False),
+    (30, 300, (0.2, 1), True), (300, 30, (0.2, 1), True)])
+def test_crops_are_distributed_as_torchvisions(height, width, scale, fallback):
+    """A long picture has no room for most crops: then the largest central one is taken."""
+    p = RandomView(28, 0.5, 0.25, scale).draw(uniforms(ROWS), height, width)
+    ours = torch.stack([p[key].double() for key in ("top", "left", "height", "width")]).numpy()
+    torch.manual_seed(0)
+    image, ratio = torch.empty(1, height, width), (3 / 4, 4 / 3)
+    theirs = np.array([T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(ROWS // 5)]).T
+    for sample in (ours, theirs):
+        assert ((sample[2:].max(0) == 40).mean() > 0.5) == fallback               # 30 × 4 / 3
+
+    def looks(top, left, h, w):
+        y, x = (top + 0.5) / (height - h + 1), (left + 0.5) / (width - w + 1)     # shares of the room
+        return dict(area=h * w, ratio=np.log(w / h), top=top, left=left, sum=y + x, difference=y - x)
+
+    for name, values in looks(*ours).items():
+        assert stats.ks_2samp(values, looks(*theirs)[name]).pvalue > SURE, name
+
+
+@pytest.mark.parametrize("height, width", [(28, 28), (375, 500), (1, 1), (1, 300), (300, 2), (257, 256)])
+def test_crops_never_leave_the_picture(height, width):
+    u = uniforms(2000)
+    u[0], u[1] = 0, 1 - 2 ** -24                                                  # the ends of what is drawn
+    for scale in ((0.05, 0.4), (0.4, 1)):
+        p = RandomView(28, 0.5, 0.25, scale).draw(u, height, width)
+        for start, length, room in ((p["top"], p["height"], height), (p["left"], p["width"], width)):
+            assert start.min() >= 0 and length.min() >= 1 and (start + length).max() <= room
+            assert start.equal(start.round()) and length.equal(length.round())
+
+
+# ---------------------------------------------------------------- whole views
+def one_by_one(view, images, u):
+    """What `view` ought to do, image by image with torchvision's functions, from the parameters it draws."""
+    p, results = view.draw(u, *images.shape[-2:]), []
+    for i, image in enumerate(images):
+        box = (p[key][i:i + 1] for key in ("top", "left", "height", "width"))
+        x = data.crop_resize(image[None], *box, view.size, p["flip"][i:i + 1])
+        for k in p["order"][i].tolist() if p["jitter"][i] else ():
+            name = ("brightness", "contrast", "saturation", "hue")[k]
+            if len(image) == 3 or k < 2:
+                x = getattr(TF, f"adjust_{name}")(x, p[name][i].item())
+        if p["gray"][i] and len(image) == 3:
+            x = TF.rgb_to_grayscale(x, 3)
+        if p["blur"][i]:
+            x = data.gaussian_blur(x, p["sigma"][i].view(1, 1, 1, 1))
+        if p["solarize"][i]:
+            x = TF.solarize(x, 0.5)                            # both sides meet at one half: no jump there
+        results.append(TF.normalize(x, view.mean, view.std).expand(-1, 3, -1, -1))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("channels, recipe", [
+    (3, "barlow"), (3, "moco"), (3, "multicrop"), (1, "fashion-mnist"), (1, "barlow")])
+def test_views_do_what_they_drew_in_the_published_order(channels, recipe):
+    """With the rare operations made likely, so that each meets each."""
+    images = build_dataset("fake", "train").images[:40, :channels]
+    for v, kwargs in enumerate(VIEWS[recipe]):
+        kwargs = {**kwargs, "gray": 0.4, "blur": 0.5, "solarize": 0.5}
+        view, u = RandomView(24, 0.45, 0.5, **kwargs), uniforms(40, seed=v)
+        torch.testing.assert_close(view(images, u), one_by_one(view, images, u), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("data_set, recipe", [("fashion-mnist", "fashion-mnist"), ("fake", "multicrop")])
+def test_a_view_is_a_pure_function_and_the_batch_does_not_matter(data_set, recipe):
+    images = build_dataset(data_set, "test").images[:32]
+    before, state = images.clone(), torch.get_rng_state()
+    for v, kwargs in enumerate(VIEWS[recipe]):
+        view, u = RandomView(28, 0.0, 1.0, **kwargs), uniforms(32, seed=v)
+        u_before, batch = u.clone(), view(images, u)
+        assert batch.shape == (32, 3, 28, 28) and batch.dtype == torch.float32
+        assert view(images, u).equal(batch)
+        alone = torch.cat([view(images[i:i + 1], u[i:i + 1]) for i in range(32)])
+        torch.testing.assert_close(batch, alone, atol=1e-6, rtol=0)
+        assert images.equal(before) and u.equal(u_before) and torch.get_rng_state().equal(state)
+
+
+# ---------------------------------------------------------------- batches and data sets
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_one_global_batch(world_size):
+    dataset = build_dataset("fake", "train")
+    whole = Batches(dataset, 32, 3, seed=5)
+    shares = [Batches(dataset, 32, 3, 5, rank, world_size) for rank in range(world_size)]
+    for step in (0, 1, 15, 16, 40):
+        images, u = whole[step]
+        parts = [share[step] for share in shares]
+        assert images.shape == (32, 3, 32, 32) and u.shape == (3, 32, UNIFORMS) and u.dtype == torch.float32
+        assert all(len(part[0]) == 32 // world_size for part in parts)
+        assert torch.cat([part[0] for part in parts]).equal(images)
+        assert torch.cat([part[1] for part in parts], dim=1).equal(u)
+
+
+def test_an_epoch_is_a_permutation_cut_into_steps():
+    dataset = build_dataset("fake", "train")
+    dataset.images = torch.arange(512).view(-1, 1, 1, 1)
+    batches, drawn = Batches(dataset, 48, 2, seed=0), []
+    assert batches.steps_per_epoch == 10
+    for epoch in range(3):
+        order = torch.cat([batches[step][0] for step in range(10 * epoch, 10 * epoch + 10)]).flatten()
+        assert len(order.unique()) == 480                      # none twice; the rest, 32, is dropped
+        assert not order.equal(order.sort().values)
+        drawn.append(order)
+    assert not drawn[0].equal(drawn[1]) and not drawn[1].equal(drawn[2])
+    assert not Batches(dataset, 48, 2, seed=1)[0][0].equal(batches[0][0])
+    assert not batches[0][1].equal(batches[1][1]) and not batches[0][1][0].equal(batches[0][1][1])
+
+
+def test_workers_change_nothing_and_a_run_may_start_anywhere():
+    batches = Batches(build_dataset("fake", "train"), 64, 2, seed=3)
+    straight = [batches[step] for step in range(20)]
+    for start, workers in ((0, 0), (5, 0), (5, 2)):            # 8 steps an epoch: all cross into the next
+        loaded = list(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, 20),
+                                                  num_workers=workers))
+        assert len(loaded) == 20 - start
+        for (images, u), (same_images, same_u) in zip(loaded, straight[start:], strict=True):
+            assert images.equal(same_images) and u.equal(same_u)
+
+
+def test_fashion_mnist_is_whole():
+    for line in (FASHION_MNIST / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((FASHION_MNIST / name).read_bytes()).hexdigest() == digest, name
+    for split, number in (("train", 60_000), ("test", 10_000)):
+        dataset = build_dataset("fashion-mnist", split)
+        assert dataset.images.shape == (number, 1, 28, 28) and dataset.images.dtype == torch.uint8
+        assert dataset.labels.dtype == torch.int64
+        assert dataset.labels.bincount().tolist() == [number // 10] * 10
+        assert len(dataset) == number and len(dataset.class_names) == 10
+        if split == "train":                                   # by counts of the 256 levels: no big copy
+            share = dataset.images.flatten().bincount(minlength=256).double() / dataset.images.numel()
+            level = torch.arange(256).double() / 255
+            mean = (share * level).sum()
+            assert dataset.mean == pytest.approx(mean.item(), abs=5e-5)
+            assert dataset.std == pytest.approx((share * (level - mean) ** 2).sum().sqrt().item(), abs=5e-5)
+            x = data.normalize(dataset.images[:100], dataset.mean, dataset.std)
+            assert x.shape == (100, 3, 28, 28) and x.dtype == torch.float32
+            torch.testing.assert_close(x[:, 2] * 0.3530 + 0.2860, dataset.images[:100, 0] / 255)
+
+
+def test_fake_depends_on_the_seed_only():
+    for split, number in (("train", 512), ("test", 256)):
+        one = build_dataset("fake", split, seed=1)
+        assert one.images.shape == (number, 3, 32, 32) and one.images.dtype == torch.uint8
+        assert one.labels.unique().tolist() == list(range(10)) and len(one.class_names) == 10
+        torch.manual_seed(split == "train")                    # neither torch's nor numpy's global generator
+        np.random.seed(7)
+        same, other = build_dataset("fake", split, seed=1), build_dataset("fake", split, seed=2)
+        assert same.images.equal(one.images) and same.labels.equal(one.labels)
+        assert not other.images.equal(one.images) and not other.labels.equal(one.labels)
+    train, test = (build_dataset("fake", split, seed=1) for split in ("train", "test"))
+    centres = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(10)]).flatten(1)
+    nearest = torch.cdist(test.images.float().flatten(1), centres).argmin(1)
+    assert (nearest == test.labels).float().mean() > 0.95      # both splits show the same classes
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(UserError, match="--data.*'fashoin-mnist'.*fashion-mnist"):
+        build_dataset("fashoin-mnist", "train")
