@@ -20,7 +20,7 @@ DATASETS = ("fashion-mnist", "fake")
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
-UNIFORMS = 36                    # random numbers in one view of one image, see RandomView.draw
+UNIFORMS = 40                    # random numbers in one view of one image, see RandomView.draw
 
 
 # ---------------------------------------------------------------- data sets
@@ -104,8 +104,8 @@ VIEWS = {                        # the first global crop, the second, the local 
                   dict(scale=(0.4, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2),
                   dict(scale=(0.05, 0.4), jitter=JITTER, gray=0.2, blur=0.5)),
     # ours, for 28 × 28 gray pictures: strong contrast instead of colour, no blur of the few pixels there are
-    "fashion-mnist": (dict(scale=(0.4, 1), jitter=(0.8, 0.8, 0, 0)),) * 2 + (
-        dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0)),),
+    "fashion-mnist": (dict(scale=(0.4, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True),) * 2 + (
+        dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0), jitter_each=True),),
 }
 
 
@@ -122,16 +122,17 @@ class RandomView(nn.Module):
     """Random resized crop (bicubic), flip, colour jitter, gray, blur, solarise, normalise; drawn per image.
 
     size: pixels of the square output. scale: share of the area, ratio: width / height of the crop. jitter:
-    strengths of brightness, contrast, saturation, hue; flip, jitter_p, gray, blur, solarize: probabilities;
-    sigma: of the Gaussian blur, in pixels. Distributed as torchvision's RandomResizedCrop and ColorJitter.
+    strengths of brightness, contrast, saturation, hue, applied together with probability jitter_p, or with
+    jitter_each independently. flip, gray, blur, solarize: probabilities; sigma: of the Gaussian blur, in
+    pixels. Distributed as torchvision's RandomResizedCrop and ColorJitter.
     """
 
     def __init__(self, size, mean, std, scale, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0),
-                 jitter_p=0.8, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0):
+                 jitter_p=0.8, jitter_each=False, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0):
         super().__init__()
         self.size, self.mean, self.std, self.scale, self.ratio = size, mean, std, scale, ratio
-        self.flip, self.jitter, self.jitter_p, self.gray = flip, jitter, jitter_p, gray
-        self.blur, self.sigma, self.solarize = blur, sigma, solarize
+        self.flip, self.jitter, self.jitter_p, self.jitter_each = flip, jitter, jitter_p, jitter_each
+        self.gray, self.blur, self.sigma, self.solarize = gray, blur, sigma, solarize
 
     def draw(self, u, height, width):
         """Uniform numbers [B, UNIFORMS] on the CPU -> parameters of one view of each image, a dict of [B]."""
@@ -154,9 +155,10 @@ class RandomView(nn.Module):
         around = 2 * u[:, 24:28] - 1                                              # U(-1, 1)
         strength = torch.tensor([b, c, s])
         low = (1 - strength).clamp_min(0)
+        chance = u[:, 36:40] if self.jitter_each else u[:, 23:24].expand(-1, 4)
         factors = low + u[:, 24:27] * (1 + strength - low)                        # U(max(0, 1 - s), 1 + s)
         return dict(top=top, left=left, height=h, width=w, flip=u[:, 22] < self.flip,
-                    jitter=u[:, 23] < self.jitter_p, brightness=factors[:, 0], contrast=factors[:, 1],
+                    jitter=chance < self.jitter_p, brightness=factors[:, 0], contrast=factors[:, 1],
                     saturation=factors[:, 2], hue=hue * around[:, 3], order=u[:, 28:32].argsort(1),
                     gray=u[:, 32] < self.gray, blur=u[:, 33] < self.blur,
                     sigma=self.sigma[0] + u[:, 34] * (self.sigma[1] - self.sigma[0]),
@@ -172,7 +174,7 @@ class RandomView(nn.Module):
         for position in range(4):                     # each image has its own order of the four
             for i, op, name in ops:
                 if self.jitter[i] > 0:
-                    _apply(op, x, p["jitter"] & (p["order"][:, position] == i), p[name])
+                    _apply(op, x, p["jitter"][:, i] & (p["order"][:, position] == i), p[name])
         if colour:
             _apply(lambda x: gray(x).expand_as(x), x, p["gray"])
         _apply(gaussian_blur, x, p["blur"], p["sigma"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
-ARCHS = ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+ARCHS = ("resnet8", "resnet8_2x2", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
          "resnet50w2", "resnet50w4", "resnet50w5")
 
 
@@ -138,9 +138,12 @@ def synchronize_batch_norms(module):
 
 # ---------------------------------------------------------------- backbones
 class ResNet(nn.Module):
-    """A ResNet of any widths from torchvision's blocks, without classifier; its names are torchvision's."""
+    """A ResNet of any widths from torchvision's blocks, without classifier; its names are torchvision's.
 
-    def __init__(self, block, blocks, widths, stem_width, stem_kernel=7, max_pool=True):
+    pool: its features are the last map averaged to pool × pool places.
+    """
+
+    def __init__(self, block, blocks, widths, stem_width, stem_kernel=7, max_pool=True, pool=1):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem_width, stem_kernel, stride=2, padding=stem_kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_width)
@@ -156,13 +159,13 @@ class ResNet(nn.Module):
                 inputs = outputs
             self.stages.append(f"layer{i + 1}")
             self.add_module(self.stages[-1], nn.Sequential(*layers))
-        self.feature_dim = inputs
+        self.pool, self.feature_dim = pool, inputs * pool * pool
 
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for name in self.stages:
             x = getattr(self, name)(x)
-        return x.mean((2, 3))                                                     # [B, feature_dim]
+        return F.adaptive_avg_pool2d(x, self.pool).flatten(1)                     # [B, feature_dim]
 
 
 def build_backbone(arch, small_images=False):
@@ -170,13 +173,15 @@ def build_backbone(arch, small_images=False):
 
     arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
     stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
-    each of the widths 32, 64, 128 behind a 5×5 stem. small_images: 3×3 stem without stride and max-pool.
+    each of the widths 32, 64, 128 behind a 5×5 stem; resnet8_2x2 keeps 2 × 2 places of its last map, which
+    makes 512 features of 128. small_images: 3×3 stem without stride and max-pool.
     Raises ValueError for an unknown arch.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
-    if arch == "resnet8":
-        backbone = ResNet(BasicBlock, [1, 1, 1], [32, 64, 128], stem_width=32, stem_kernel=5, max_pool=False)
+    if arch.startswith("resnet8"):
+        backbone = ResNet(BasicBlock, [1, 1, 1], [32, 64, 128], stem_width=32, stem_kernel=5, max_pool=False,
+                          pool=2 if arch == "resnet8_2x2" else 1)
     elif "w" in arch:
         w = int(arch[-1])
         backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)

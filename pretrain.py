@@ -239,7 +239,8 @@ def main(args):
                 loss, health, grad_scale, min(args.num_classes, args.batch_size)), lr=lr,
                 images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
                 memory_mib=memory_mib(device))
-            if rank == 0 and args.knn_every and place == 0 and epoch % args.knn_every == 0:
+            watched = dataset.labels is not None and args.knn_every and place == 0
+            if rank == 0 and watched and epoch % args.knn_every == 0:
                 entry["knn_monitor"] = monitor(model, dataset, args, device)
             if rank == 0:
                 write(log, entry)

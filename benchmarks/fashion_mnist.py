@@ -4,8 +4,8 @@
     python benchmarks/fashion_mnist.py --seeds 0 --recipes classes
 
 ACC, NMI, ARI, AMI: of the 10,000 test images' predicted classes (k-means: fitted on the training pixels).
-20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression on
-centred and scaled features, its C chosen on 10,000 training images held out, then fitted on all 60,000.
+20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
+on centred and scaled features, its C chosen on 10,000 training images held out, then fitted on all 60,000.
 """
 
 import argparse

@@ -29,15 +29,19 @@ BATCH, WORKERS = 128, 2
 ROUNDS, BATCHES, STEPS = 5, 20, 60             # rounds of so many batches; training steps
 
 
-def per_sample_view(dataset, scale, jitter, gray=0.0, blur=0.0, solarize=0.0):
+def per_sample_view(dataset, scale, jitter, jitter_each=False, gray=0.0, blur=0.0, solarize=0.0):
     """One view of a Pillow image by torchvision's transforms; those that never happen are left out."""
     _, channels, size, _ = dataset.images.shape
 
     def blurred(image):
         return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))
 
+    colours = [(0.8, T.ColorJitter(*jitter))]
+    if jitter_each:
+        colours = [(0.8, T.ColorJitter(**{name: strength})) for name, strength in
+                   zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True) if strength > 0]
     steps = [(1, T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)),
-             (1, T.RandomHorizontalFlip()), (0.8, T.ColorJitter(*jitter)), (gray, T.Grayscale(channels)),
+             (1, T.RandomHorizontalFlip()), *colours, (gray, T.Grayscale(channels)),
              (blur, T.Lambda(blurred)), (solarize, T.Lambda(ImageOps.solarize)), (1, T.ToTensor()),
              (1, T.Normalize([dataset.mean] * channels, [dataset.std] * channels))]
     return T.Compose([step if p == 1 else T.RandomApply([step], p) for p, step in steps if p > 0])

@@ -121,8 +121,8 @@ def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process, code=143)
     assert "stopped by SIGTERM" in out and log_lines(tmp_path / "run")[-1]["status"].startswith("stopped by")
-    run(command)
-    assert_same_weights(trained, tmp_path / "run")
+    run(f"pretrain.py {SMALL} --output-dir {tmp_path}/elsewhere --resume {tmp_path}/run/checkpoint.pth")
+    assert_same_weights(trained, tmp_path / "elsewhere")
 
 
 def test_two_processes_under_torchrun_equal_one(trained, tmp_path):

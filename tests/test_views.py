@@ -177,13 +177,23 @@ def test_parameters_are_drawn_independently():
     """Each from numbers of its own: no two are correlated, whatever each looks like alone."""
     view = RandomView(28, 0.5, 0.25, (0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, blur=0.5, solarize=0.5)
     p = {key: value.double() for key, value in view.draw(uniforms(ROWS), 375, 375).items()}
-    columns = [p[key] for key in ("flip", "jitter", "gray", "blur", "solarize", "brightness", "contrast",
+    assert (p["jitter"] == p["jitter"][:, :1]).all()           # together, unless jitter_each
+    columns = [p["jitter"][:, 0]]
+    columns += [p[key] for key in ("flip", "gray", "blur", "solarize", "brightness", "contrast",
                                   "saturation", "hue", "sigma")]
     columns += [(p["top"] + 0.5) / (376 - p["height"]), (p["left"] + 0.5) / (376 - p["width"])]
     columns += [p["height"] * p["width"], (p["width"] / p["height"]).log(), *p["order"][:, :3].T]
     correlation = torch.corrcoef(torch.stack(columns)).fill_diagonal_(0)
     correlation[-3:, -3:] = 0                     # places of a permutation exclude each other
     assert correlation.abs().max() < 5 / ROWS ** 0.5
+
+
+def test_jitter_each_decides_for_every_operation_by_itself():
+    view = RandomView(28, 0.5, 0.25, (0.2, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True)
+    p = view.draw(uniforms(ROWS), 28, 28)
+    chosen = p["jitter"].double()
+    assert (chosen.mean(0) - 0.8).abs().max() < 4 * (0.16 / ROWS) ** 0.5
+    assert (torch.corrcoef(chosen.T) - torch.eye(4)).abs().max() < 5 / ROWS ** 0.5
 
 
 @pytest.mark.parametrize("height, width, scale, fallback", [
@@ -225,9 +235,9 @@ def one_by_one(view, images, u):
     for i, image in enumerate(images):
         box = (p[key][i:i + 1] for key in ("top", "left", "height", "width"))
         x = data.crop_resize(image[None], *box, view.size, p["flip"][i:i + 1])
-        for k in p["order"][i].tolist() if p["jitter"][i] else ():
+        for k in p["order"][i].tolist():
             name = ("brightness", "contrast", "saturation", "hue")[k]
-            if len(image) == 3 or k < 2:
+            if p["jitter"][i, k] and (len(image) == 3 or k < 2):
                 x = getattr(TF, f"adjust_{name}")(x, p[name][i].item())
         if p["gray"][i] and len(image) == 3:
             x = TF.rgb_to_grayscale(x, 3)
