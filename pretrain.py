@@ -348,7 +348,7 @@ def draw_curves(entries, args, path):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     steps, most = [e["step"] for e in entries], math.log(min(args.num_classes, args.batch_size))
     for name, style in (("consistency", "-"), ("sharpness", "--"), ("diversity", "-.")):
         left.plot(steps, [e[name] for e in entries], style, label=name)
@@ -359,7 +359,7 @@ def draw_curves(entries, args, path):
     right.set(xlabel="step", ylabel="nats",
               title=f"consistency + {args.alpha:g} · sharpness − {args.beta:g} · diversity")
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
