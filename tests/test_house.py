@@ -84,6 +84,12 @@ def test_recipes_parse(recipe, monkeypatch):
     parse_args(parser_of("pretrain.py"), [f"@recipes/{recipe}"])
 
 
+def test_the_default_is_its_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parser = parser_of("pretrain.py")
+    assert parse_args(parser, ["@recipes/fashion_mnist.txt"]) == parse_args(parser, [])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_only_the_four_packages_are_imported(script):
     tree = ast.parse((ROOT / script).read_text())
