@@ -171,10 +171,11 @@ class RandomView(nn.Module):
         colour = x.shape[1] == 3                      # of gray pictures saturation and hue change nothing
         ops = [(0, adjust_brightness, "brightness"), (1, adjust_contrast, "contrast"),
                (2, adjust_saturation, "saturation"), (3, adjust_hue, "hue")][:4 if colour else 2]
-        for position in range(4):                     # each image has its own order of the four
-            for i, op, name in ops:
-                if self.jitter[i] > 0:
-                    _apply(op, x, p["jitter"][:, i] & (p["order"][:, position] == i), p[name])
+        ops = [(i, op, name) for i, op, name in ops if self.jitter[i] > 0]
+        rank = p["order"].argsort(1)[:, [i for i, _, _ in ops]].argsort(1).argsort(1)      # among these ops
+        for position in range(len(ops)):              # each image has its own order
+            for k, (i, op, name) in enumerate(ops):
+                _apply(op, x, p["jitter"][:, i] & (rank[:, k] == position), p[name])
         if colour:
             _apply(lambda x: gray(x).expand_as(x), x, p["gray"])
         _apply(gaussian_blur, x, p["blur"], p["sigma"])
