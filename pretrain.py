@@ -163,7 +163,7 @@ def main(args):
         scaler.load_state_dict(state["scaler"])
         if len(state["rng"]) == world_size:                     # noise inside the network: by process
             torch.set_rng_state(state["rng"][rank])
-    if start_step == total_steps and (out / "metrics.json").exists():
+    if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
         return finish()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -83,10 +84,12 @@ def test_chain_of_stages(trained, tmp_path):
     assert (tmp_path / "knn" / "metrics.json").exists()
 
 
-def test_finished_run_says_so_and_changes_nothing(trained):
+def test_finished_run_says_so_and_changes_nothing(trained, tmp_path):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
-    out, _ = run(f"pretrain.py {SMALL} --output-dir {trained}")
-    assert "finished" in out
+    other = f"--output-dir {tmp_path}/new --resume {trained}/checkpoint.pth"
+    for flags in (f"--output-dir {trained}", other):
+        out, _ = run(f"pretrain.py {SMALL} {flags}")
+        assert "finished" in out
     assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
 
 
@@ -112,6 +115,19 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
     assert_same_weights(trained, tmp_path / "killed")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(5))
+def test_killed_at_any_moment(trained, tmp_path, moment):
+    command = f"pretrain.py {SMALL} --output-dir {tmp_path}/killed --save-every 1"
+    process = start(command)
+    wait_for(tmp_path / "killed" / "checkpoint.pth", process)
+    time.sleep(random.Random(moment).uniform(0, 1.5))          # saving takes a good part of such short steps
+    process.kill()
+    process.communicate()
+    run(command)
+    assert_same_weights(trained, tmp_path / "killed")
+
+
 def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
     command = f"pretrain.py {SMALL} --output-dir {tmp_path}/run"
     process = start(command)
@@ -126,15 +142,15 @@ def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
 
 
 def test_two_processes_under_torchrun_equal_one(trained, tmp_path):
-    """Not bit for bit: sums over two halves round otherwise, and training amplifies that."""
-    few = "--epochs 1 --print-every 1 --knn-every 0"
+    """Up to rounding, which training amplifies; test_ddp has it exact. SGD: AdamW amplifies most."""
+    few = "--epochs 1 --print-every 1 --knn-every 0 --optimizer sgd --lr 0.02"
     run(f"pretrain.py {SMALL} {few} --output-dir {tmp_path}/one")
     out, _ = run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
                  f"{SMALL} {few} --output-dir {tmp_path}/two")
     assert "2 process(es)" in out
     one, two = ([line["loss"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("one", "two"))
     assert len(one) == 8
-    assert one[:3] == pytest.approx(two[:3], abs=1e-4) and one == pytest.approx(two, abs=0.05)
+    assert one[:3] == pytest.approx(two[:3], abs=5e-4) and one == pytest.approx(two, abs=0.02)
 
 
 def test_multicrop_every_optimizer_and_ablation_trains(tmp_path):
