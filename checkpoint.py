@@ -18,7 +18,7 @@ from model import build_twist
 VERSION = 1
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_FLAGS = {"workers", "print_every", "device", "amp", "output_dir", "timeout", "resume", "overwrite",
-              "local_rank"}
+              "data_dir", "local_rank"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl",
              "metrics.json", "curves.png")
 

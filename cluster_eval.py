@@ -5,13 +5,11 @@ running statistics). Cluster ids mean nothing by themselves, so ACC first matche
 one (Hungarian algorithm); NMI, AMI, ARI and FMI need no matching. Labels are used for the scores only.
 
     python cluster_eval.py --checkpoint weights/fashion-mnist.pth
-    python cluster_eval.py --checkpoint runs/pretrain/checkpoint.pth --split train --device cpu
+    python cluster_eval.py --checkpoint runs/pretrain/checkpoint.pth --data my/pictures
+    python cluster_eval.py --predictions FILE       of any other program: .csv or .npz, see read_predictions
 
-One process, on the CPU or one GPU; without --data the checkpoint's own. The predictions of any other program
-can be scored too:
-
-    from cluster_eval import evaluate
-    print(evaluate(labels, predictions))      # two arrays of integers, equally long
+One process, on the CPU or one GPU; without --data the checkpoint's own. Without labels there are no scores,
+but clusters, assignments and pictures.
 """
 
 import argparse
@@ -19,31 +17,46 @@ import csv
 import io
 import json
 import math
+import os
+import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 
 from checkpoint import UserError, load_twist, run, write_atomically
-from data import build_dataset, normalize
+from data import CentreCrops, build_dataset, eval_batches
+from model import reestimate_batch_norms
 
-MAX_CLUSTERS = 40      # on the contact sheet and in the printed list; metrics.json has all of them
+MAX_CLUSTERS = 40      # on a contact sheet and in the printed list; metrics.json has all of them
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
-    add("--data", help="data set: fashion-mnist (embedded) or fake")
-    add("--split", default="test", choices=("train", "test"), help="images to score")
+    add("--checkpoint", help="checkpoint.pth of a pretrain.py run")
+    add("--predictions", help="score this .csv or .npz with labels and predictions instead of a checkpoint")
+    add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
+    add("--data-dir", default="datasets", help="folder of torchvision's data sets")
+    add("--split", default="test", choices=("train", "test"), help="images to score; test is val, too")
     add("--output-dir", default="runs/cluster_eval", help="folder for all that is written")
-    add("--images-per-cluster", type=int, default=12, help="on the contact sheet")
+    # what is measured
+    add("--map-from", help="metrics.json of another split, whose mapping of clusters to classes is applied")
+    add("--silhouette", action="store_true", help="of the clusters, by cosine distance of backbone features")
+    add("--bn-images", type=int, default=0, help="training images to estimate batch-norm statistics anew")
     add("--pixel-kmeans", action="store_true", help="score k-means on the pixels of the images, too")
+    # pictures
+    add("--images-per-cluster", type=int, default=12, help="on a contact sheet")
+    add("--contact-sheets", type=int, default=3, help=f"at most so many, of {MAX_CLUSTERS} clusters each")
+    # run
     add("--batch-size", type=int, default=512, help="images in the GLOBAL batch")
+    add("--workers", type=int, default=-1, help="processes that read ahead; -1: one a core for files, else 0")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     return parser
 
@@ -127,11 +140,12 @@ def partition_scores(counts):
     return {"nmi": float(nmi), "ami": float(ami), "ami_max": float(ami_max), "ari": ari, "fmi": fmi}
 
 
-def evaluate(labels, predictions, probabilities=None):
+def evaluate(labels, predictions, probabilities=None, mapping=None):
     """Scores predicted clusters against true classes; there may be more or fewer clusters than classes.
 
     labels, predictions: [N] integers from 0; probabilities: [N, K], only their order within a row matters.
-    Without probabilities K is the largest prediction + 1; C is the largest label + 1. Returns a dict:
+    Without probabilities K is the largest prediction + 1; C is the largest label + 1. mapping: for each of K
+    or more clusters its class or -1, as another split gave it; else it is found here. Returns a dict:
 
     acc: share of images whose cluster is matched to their class, by the one-to-one matching with the greatest
         such share (Hungarian algorithm; rectangular if K != C: an unmatched cluster predicts nothing).
@@ -153,11 +167,23 @@ def evaluate(labels, predictions, probabilities=None):
         if not (probabilities.min() >= 0 and probabilities.max() < np.inf):     # NaN fails, too
             raise ValueError("probabilities: contains NaN, infinite or negative values")
         K = probabilities.shape[1]
+    if mapping is not None:
+        mapping = np.asarray(mapping)
+        matched = mapping[mapping >= 0]
+        if mapping.ndim != 1 or mapping.dtype.kind != "i" or len(mapping) < K:
+            raise ValueError(f"mapping: expected {K} or more integers, one for each cluster")
+        if len(set(matched.tolist())) < len(matched):
+            raise ValueError("mapping: two clusters have the same class")
+        K, C = len(mapping), max(C, int(mapping.max()) + 1)
 
     counts = np.bincount(predictions * C + labels, minlength=K * C).reshape(K, C)
-    clusters, classes = linear_sum_assignment(counts, maximize=True)
-    mapping = np.full(K, -1)
-    mapping[clusters] = classes
+    if mapping is None:
+        clusters, classes = linear_sum_assignment(counts, maximize=True)
+        mapping = np.full(K, -1)
+        mapping[clusters] = classes
+    else:
+        clusters = np.flatnonzero(mapping >= 0)
+        classes = mapping[clusters]
     metrics = {"acc": int(counts[clusters, classes].sum()) / N}
     if probabilities is not None:
         cluster_of, hits = np.full(C, -1), 0
@@ -165,7 +191,8 @@ def evaluate(labels, predictions, probabilities=None):
         for start in range(0, N, 4096):      # in blocks, for the memory
             p, own = probabilities[start:start + 4096], cluster_of[labels[start:start + 4096], None]
             p_own = np.take_along_axis(p, own, axis=1)
-            ahead = (p > p_own) | ((p == p_own) & (np.arange(K) < own))     # of equals the first, as argmax
+            first = np.arange(p.shape[1]) < own                  # of equals the first counts, as in argmax
+            ahead = (p > p_own) | ((p == p_own) & first)
             hits += int(((own[:, 0] >= 0) & (ahead.sum(1) < 5)).sum())
         metrics["acc_top5"] = hits / N
     metrics["acc_majority"] = int(counts.max(1).sum()) / N
@@ -175,14 +202,129 @@ def evaluate(labels, predictions, probabilities=None):
 
 # ---------------------------------------------------------------- predictions, in words and pictures
 @torch.inference_mode()
-def predict(network, dataset, device, batch_size):
-    """Probabilities softmax(logits) [N, K] of a Twist in evaluation mode, a float32 array."""
+def predict(network, batches):
+    """Features [N, feature_dim], probabilities softmax(logits) [N, K] of a Twist in evaluation mode, float32.
+
+    batches: of inputs [B, 3, H, W], see data.eval_batches.
+    """
     network.eval()
-    probabilities = []
-    for images in dataset.images.split(batch_size):
-        x = normalize(images.to(device), dataset.mean, dataset.std)
-        probabilities.append(network([x])[0].softmax(-1).float().cpu())
-    return torch.cat(probabilities).numpy()
+    features, probabilities = [], []
+    for x in batches:
+        y = network.backbone(x)
+        features.append(y.float().cpu())
+        probabilities.append(network.projection_heads(y).softmax(-1).float().cpu())
+    return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
+
+
+def silhouette(features, predictions, chunk=4096):
+    """Mean silhouette of clusters [N] by the cosine distance of features [N, D] (Rousseeuw 1987).
+
+    None if there are fewer than two clusters, or as many as images.
+
+    For each image (b - a) / max(a, b): a is its mean distance to the others of its cluster, b that to the
+    nearest other cluster; 0 for one alone. Since 1 - x·y is linear in y, sums over clusters take the place of
+    all N x N distances: exact, in N x K.
+    """
+    _, ids, sizes = np.unique(predictions, return_inverse=True, return_counts=True)
+    K, N = len(sizes), len(ids)
+    if not 2 <= K < N:
+        return None
+    x = F.normalize(torch.as_tensor(features).double(), dim=1)
+    ids, sizes = torch.from_numpy(ids), torch.from_numpy(sizes)
+    sums = x.new_zeros(K, x.shape[1]).index_add_(0, ids, x)
+    total = 0.0
+    for i in range(0, N, chunk):
+        part, own = x[i:i + chunk], ids[i:i + chunk, None]
+        distance = sizes - part @ sums.T                                          # [B, K], sums over clusters
+        itself = 1 - (part * part).sum(1, keepdim=True)                           # 0, but for a zero feature
+        a = (distance.gather(1, own) - itself) / (sizes[own] - 1)
+        b = (distance / sizes).scatter(1, own, torch.inf).amin(1, keepdim=True)
+        total += ((b - a) / torch.maximum(a, b)).where(sizes[own] > 1, 0).nan_to_num(0).sum().item()
+    return total / N
+
+
+def read_predictions(path):
+    """(labels [N], predictions [N], probabilities [N, K] or None, class names, cluster names, remarks).
+
+    A .csv has columns `label` and `prediction`; an .npz arrays `labels` and `predictions`, or probabilities
+    [N, K]; either spelling will do. Labels and predictions are integers or strings of any kind and numbered
+    from 0 here; but predictions that come with probabilities are columns of these. Negative predictions are
+    noise, as scikit-learn's DBSCAN says it, and become -1. Raises UserError that names the column.
+    """
+    path, found = Path(path), {}
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                found = {name: file[name] for name in file.files}
+        elif path.suffix == ".csv":
+            with open(path, newline="") as file:
+                rows = list(csv.reader(file))
+            for name, *column in zip(*rows, strict=True):
+                found[name.strip()] = _column(column)
+        else:
+            raise UserError(f"--predictions {path}: expected a .csv or .npz file")
+    except (OSError, ValueError, zipfile.BadZipFile, csv.Error) as error:
+        raise UserError(f"--predictions {path}: cannot be read ({error})") from None
+
+    def take(*names):
+        return next((found[name] for name in names if name in found), None)
+
+    labels, predictions = take("labels", "label"), take("predictions", "prediction")
+    probabilities = take("probabilities")
+    if predictions is None and probabilities is not None and probabilities.ndim == 2:
+        predictions = probabilities.argmax(1)
+    remarks = []
+    for name, ids in (("labels", labels), ("predictions", predictions)):
+        if ids is None:
+            raise UserError(f"--predictions {path}: has no column '{name}' (there are: {', '.join(found)})")
+        if ids.ndim != 1 or len(ids) == 0:
+            raise UserError(f"--predictions {path}: column '{name}' is empty or not one-dimensional")
+        if ids.dtype.kind not in "iuUb":
+            raise UserError(f"--predictions {path}: column '{name}' has gaps, or no integers or strings")
+    if probabilities is not None and len(probabilities) != len(labels):
+        raise UserError(f"--predictions {path}: {len(labels)} labels, but {len(probabilities)} probabilities")
+    if len(labels) != len(predictions):
+        raise UserError(f"--predictions {path}: {len(labels)} labels, but {len(predictions)} predictions")
+    if labels.dtype.kind == "i" and labels.min() < 0:
+        raise UserError(f"--predictions {path}: column 'labels' has {labels.min()}; leave such images out")
+    noise = predictions < 0 if predictions.dtype.kind == "i" else np.zeros(len(labels), bool)
+    if noise.any():
+        remarks.append(f"{noise.sum():,} predictions ({noise.mean():.1%}) are negative, that is noise: in no "
+                       "cluster, so wrong for every ACC; for NMI, AMI, ARI and FMI a cluster of their own")
+    class_names, labels = np.unique(labels, return_inverse=True)
+    if probabilities is None:
+        cluster_names, ids = np.unique(predictions[~noise], return_inverse=True)
+        predictions = np.full(len(labels), -1)
+        predictions[~noise] = ids
+    else:
+        cluster_names = np.arange(probabilities.shape[-1])
+    for what, names in (("classes", class_names), ("clusters", cluster_names)):
+        if len(names) and names.dtype.kind in "iu" and names[-1] != len(names) - 1:
+            remarks.append(f"{len(names):,} {what} with ids from {names[0]} to {names[-1]}")
+    return labels, predictions, probabilities, [str(n) for n in class_names], cluster_names.tolist(), remarks
+
+
+def _column(cells):
+    """Of a .csv: integers if all are, 3.0 too; else strings. With a gap (empty or nan) all are NaN."""
+    cells = np.array([cell.strip() for cell in cells])
+    if any(cell.lower() in ("", "nan") for cell in cells):
+        return np.full(len(cells), np.nan)
+    try:
+        numbers = cells.astype(float)
+    except ValueError:
+        return cells
+    return numbers.astype(np.int64) if (numbers == np.floor(numbers)).all() else numbers
+
+
+def evaluate_with_noise(labels, predictions):
+    """`evaluate`, where a prediction of -1 is in no cluster: wrong for ACC, elsewhere a cluster by itself."""
+    sound, share = predictions >= 0, float(np.mean(predictions >= 0))
+    scores = evaluate(labels, np.where(sound, predictions, predictions.max() + 1))
+    if not sound.any():
+        return scores | {"acc": 0.0, "acc_majority": 0.0, "num_clusters_used": 0, "mapping": []}
+    known = evaluate(labels[sound], predictions[sound])
+    return scores | {"acc": share * known["acc"], "acc_majority": share * known["acc_majority"],
+                     "num_clusters_used": known["num_clusters_used"], "mapping": known["mapping"]}
 
 
 def pixel_kmeans(images, num_clusters, seed):
@@ -192,45 +334,49 @@ def pixel_kmeans(images, num_clusters, seed):
 
 
 def describe_clusters(predictions, labels=None, mapping=None, class_names=None):
-    """A dict for each cluster with images, largest first: cluster, size; with labels also class (that of the
-    mapping, None if unmatched), majority (the most frequent class) and purity (its share)."""
-    sizes = np.bincount(predictions)
+    """A dict for each cluster with images, largest first: cluster, size; with a mapping also class (None if
+    unmatched); with labels also majority (the most frequent class) and purity (its share)."""
+    sizes = np.bincount(predictions[predictions >= 0])
     rows = []
     for k in np.argsort(-sizes, kind="stable")[:np.count_nonzero(sizes)].tolist():
         row = {"cluster": k, "size": int(sizes[k])}
+        if mapping is not None:
+            row["class"] = class_names[mapping[k]] if mapping[k] >= 0 else None
         if labels is not None:
             counts = np.bincount(labels[predictions == k])
-            row["class"] = class_names[mapping[k]] if mapping[k] >= 0 else None
             row["majority"] = class_names[int(counts.argmax())]
             row["purity"] = int(counts.max()) / row["size"]
         rows.append(row)
     return rows
 
 
-def caption(row, width=12):
+def caption(row):
     """One line about a cluster; its majority is named where that is not the class it is matched to."""
-    def short(name):
-        return name if len(name) <= width else name[:width - 1] + "…"
-
     text = f"cluster {row['cluster']}"
     if "class" in row:
-        text += f" → {short(row['class'] or 'unmatched')}   purity {row['purity']:.0%}"
-        text += f" (mostly {short(row['majority'])})" if row["majority"] != row["class"] else ""
+        text += f" → {row['class'] or 'unmatched'}"
+    if "purity" in row:
+        text += f"   purity {row['purity']:.0%}"
+        text += f" (mostly {row['majority']})" if row["majority"] != row["class"] else ""
     return f"{text}   {row['size']:,} images"
 
 
-def draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=12):
-    """PNG of each cluster's most confident images, uint8 [N, C, H, W]; clusters: from describe_clusters."""
+def draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=12, title=""):
+    """PNG of each cluster's most confident images; clusters: rows of describe_clusters.
+
+    images[i]: uint8 [C, H, W], all of one size. Captions are whole, on as many lines as they need.
+    """
     from matplotlib.figure import Figure
 
-    shown = clusters[:MAX_CLUSTERS]
-    columns = 1 if len(shown) <= 5 else 2
-    rows = math.ceil(len(shown) / columns)
-    H, W = images.shape[-2:]
+    columns = 1 if len(clusters) <= 5 else 2
+    rows = math.ceil(len(clusters) / columns)
+    captions = [textwrap.fill(caption(row), 72) for row in clusters]
+    H, W = images[0].shape[-2:]
     gap, strip_width = 1 + W // 28, 4.8                                           # pixels, inches
-    row_height = strip_width / images_per_cluster * H / W + 0.28                  # the caption is 0.28
+    caption_height = 0.14 + 0.14 * max(text.count("\n") + 1 for text in captions)
+    row_height = strip_width / images_per_cluster * H / W + caption_height
     figure = Figure(figsize=(columns * strip_width, rows * row_height + 0.4), layout="constrained")
-    for i, row in enumerate(shown):
+    for i, row in enumerate(clusters):
         members = np.flatnonzero(predictions == row["cluster"])
         best = members[np.argsort(-confidences[members], kind="stable")[:images_per_cluster]]
         strip = np.full((H, images_per_cluster * (W + gap) - gap, 3), 255, np.uint8)
@@ -238,10 +384,43 @@ def draw_contact_sheet(path, images, predictions, confidences, clusters, images_
             strip[:, j * (W + gap):j * (W + gap) + W] = images[index].permute(1, 2, 0).numpy()
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(strip)
-        axes.set_title(caption(row), loc="left", fontsize=8, pad=3)
+        axes.set_title(captions[i], loc="left", fontsize=8, pad=3)
         axes.axis("off")
-    left_out = f": the {len(shown)} largest of {len(clusters)}" if len(shown) < len(clusters) else ""
-    figure.suptitle(f"Most confident images of each cluster{left_out}", fontsize=11)
+    figure.suptitle(f"Most confident images of each cluster{title}", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def draw_top3(path, images, probabilities, index, cluster_names, truth=None):
+    """PNG of some images with their three most probable clusters beneath (paper, Figure 1).
+
+    images[i]: uint8 [C, H, W]; probabilities: [N, K]; index: which images; cluster_names: K strings, the
+    mapped class where there is one; truth: N strings or None.
+    """
+    from matplotlib.figure import Figure
+
+    top = np.argsort(-probabilities[index], 1, kind="stable")[:, :3]              # [n, 3]
+    shown = [cluster_names[k] for k in top.flat] + ([truth[i] for i in index] if truth is not None else [])
+    width = max(1.6, 0.5 + 0.07 * max(map(len, shown)))                           # inches; names are whole
+    columns = min(6, len(index))
+    rows = math.ceil(len(index) / columns)
+    figure = Figure(figsize=(columns * width, rows * 2.35), layout="constrained")
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[1.5, 0.75] * rows)
+    for place, (i, clusters) in enumerate(zip(index, top, strict=True)):
+        row, column = divmod(place, columns)
+        axes = figure.add_subplot(grid[2 * row, column])
+        axes.imshow(images[i].permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axes.axis("off")
+        axes = figure.add_subplot(grid[2 * row + 1, column])
+        axes.barh(range(len(clusters)), probabilities[i, clusters], color="#9ecae1", height=0.9)
+        for y, k in enumerate(clusters):
+            axes.text(0.01, y, cluster_names[k], va="center", fontsize=7)
+            axes.text(0.99, y, f"{probabilities[i, k]:.3f}", va="center", ha="right", fontsize=7)
+        axes.set(xlim=(0, 1), ylim=(len(clusters) - 0.5, -0.5), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        if truth is not None:
+            mark = "✓" if cluster_names[clusters[0]] == truth[i] else "✗"
+            axes.set_xlabel(f"{mark} truth: {truth[i]}", fontsize=7, fontweight="bold", labelpad=2)
+    figure.suptitle(f"The three most probable classes of {len(index)} images drawn at random", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -258,40 +437,60 @@ def confusion_matrix(labels, predicted_classes, num_classes):
 
 
 def draw_confusion_matrix(path, labels, predicted_classes, class_names):
-    """PNG of the row-normalised confusion matrix; up to 50 classes with their names and integer per cents."""
+    """PNG of the row-normalised confusion matrix: up to 200 classes are named, up to 50 have per cents."""
     from matplotlib.figure import Figure
 
     matrix = confusion_matrix(labels, predicted_classes, len(class_names))
     rows, columns = matrix.shape
-    size = max(4.5, 0.4 * rows) if rows <= 50 else 8                              # inches
-    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
+    cell, font = (0.4, 8) if rows <= 50 else (0.15, 6)
+    named = rows <= 200
+    size = max(4.5, cell * rows) if named else 9                                  # inches
+    names = 0.012 * font * max(map(len, class_names)) if named else 0
+    figure = Figure(figsize=(size + 1.2 + names, size + names), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
     last = "; last column: unmatched" if columns > rows else ""
     axes.set(xlabel=f"class that the predicted cluster is matched to{last}", ylabel="true class")
+    if named:
+        axes.set_xticks(range(columns), [*class_names, "unmatched"][:columns], rotation=90, fontsize=font)
+        axes.set_yticks(range(rows), class_names, fontsize=font)
     if rows <= 50:
-        axes.set_xticks(range(columns), [*class_names, "unmatched"][:columns], rotation=90)
-        axes.set_yticks(range(rows), class_names)
         for i, j in np.argwhere(matrix > 0.005):      # among zeros everywhere the errors would not be seen
             axes.text(j, i, f"{100 * matrix[i, j]:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if matrix[i, j] > 0.5 else "black")
     figure.savefig(path, dpi=150)
 
 
-def write_assignments(path, probabilities, labels=None, mapping=None, class_names=None):
-    """CSV with a line for each image: its cluster, the probability of that, and with labels the classes."""
+def write_assignments(path, probabilities, labels=None, mapping=None, class_names=None, files=None):
+    """CSV with a line for each image: its cluster and the probability of that; file and classes if known."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "prediction", "probability"]
-                    + (["mapped_label", "mapped_name", "label", "label_name"] if labels is not None else []))
+    writer.writerow(["index", *(["file"] if files is not None else []), "prediction", "probability",
+                     *(["mapped_label", "mapped_name"] if mapping is not None else []),
+                     *(["label", "label_name"] if labels is not None else [])])
     for i, (k, p) in enumerate(zip(probabilities.argmax(1), probabilities.max(1), strict=True)):
-        line = [i, k, f"{p:.6f}"]
+        line = [i, *([os.fsdecode(files[i])] if files is not None else []), k, f"{p:.6f}"]
+        if mapping is not None:
+            line += [mapping[k], class_names[mapping[k]] if mapping[k] >= 0 else "unmatched"]
         if labels is not None:
-            mapped_name = class_names[mapping[k]] if mapping[k] >= 0 else "unmatched"
-            line += [mapping[k], mapped_name, labels[i], class_names[labels[i]]]
+            line += [labels[i], class_names[labels[i]]]
         writer.writerow(line)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def read_mapping(path, num_clusters, class_names):
+    """(mapping, class names) of a metrics.json, for so many clusters; class_names: of the labels, or None."""
+    try:
+        metrics = json.loads(Path(path).read_text())
+        mapping, names = metrics["mapping"], metrics["class_names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
+    if len(mapping) != num_clusters:
+        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
+    if class_names is not None and names != class_names:
+        raise UserError(f"--map-from {path}: its classes are others than those of --data")
+    return mapping, names
 
 
 def main(args):
@@ -300,15 +499,39 @@ def main(args):
     device = torch.device(best if args.device == "auto" else args.device)
     if device.type not in (best, "cpu"):
         raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
-    network, config = load_twist(args.checkpoint)
-    name, seed = args.data or config["data"], config["seed"]
+    if (args.checkpoint is None) == (args.predictions is None):
+        raise UserError("--checkpoint or --predictions: one of the two is needed")
+    least = dict(batch_size=1, images_per_cluster=1, contact_sheets=0, bn_images=0, workers=-1)
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    if args.bn_images == 1:
+        raise UserError("--bn-images 1: one image has no variance")
+    dataset = class_names = mapping = None
+    remarks, scores = [], {}
 
     # ---------------------------------------------------------------- data
-    dataset = build_dataset(name, args.split, seed)
-    labels = None if dataset.labels is None else dataset.labels.numpy()
-    for flag in ("batch_size", "images_per_cluster"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if args.predictions:
+        for flag in ("map_from", "silhouette", "bn_images", "pixel_kmeans"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
+        title, split, seed = args.predictions, "predicted", 0
+        labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
+        num_images, num_clusters = len(labels), len(cluster_names)
+    else:
+        network, config = load_twist(args.checkpoint)
+        title, split, seed = args.data or config["data"], args.split, config["seed"]
+        dataset = build_dataset(title, split, seed, args.data_dir)
+        labels = None if dataset.labels is None else dataset.labels.numpy()
+        class_names = dataset.class_names if labels is not None else None
+        num_images, num_clusters = len(dataset), config["num_classes"]
+        cluster_names = list(range(num_clusters))
+        if args.map_from:
+            mapping, class_names = read_mapping(args.map_from, num_clusters, class_names)
+        if args.bn_images:
+            train = build_dataset(title, "train", seed, args.data_dir)
+        if args.pixel_kmeans and dataset.images is None:
+            raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
     out = Path(args.output_dir)
     if (out / "checkpoint.pth").exists():
         raise UserError(f"--output-dir {out}: holds a training run; choose another")
@@ -318,43 +541,78 @@ def main(args):
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
 
     # ---------------------------------------------------------------- eval
-    probabilities = predict(network.to(device), dataset, device, args.batch_size)         # [N, K]
-    if not np.isfinite(probabilities).all():
-        raise UserError(f"{args.checkpoint}: the network's output is not finite; use an earlier checkpoint")
-    predictions, confidences = probabilities.argmax(1), probabilities.max(1)
-    scores = {}
-    if labels is not None:      # without labels no score: nothing is measured against invented ones
-        scores = evaluate(labels, predictions, probabilities)
-    mapping = scores.get("mapping")
-    clusters = describe_clusters(predictions, labels, mapping, dataset.class_names)
-    num_images, num_clusters = probabilities.shape
-    print(f"{name}: {num_images:,} {args.split} images, {len(clusters)} of {num_clusters} clusters in use")
-    scored = {"network": scores} if scores else {}
+    metrics = {"checkpoint": args.checkpoint, "predictions": args.predictions, "data": title, "split": split,
+               "num_images": num_images, "num_clusters": num_clusters}
+    if dataset is not None:
+        network.to(device)
+        if args.bn_images:
+            batch = min(args.batch_size, args.bn_images, len(train))
+            drawn = np.random.default_rng([seed, 6]).permutation(len(train))
+            train = train.subset(torch.from_numpy(drawn[:args.bn_images // batch * batch]))
+            reestimate_batch_norms(network, eval_batches(train, config, device, batch, args.workers))
+            remarks.append(f"batch-norm statistics are those of {len(train):,} training images")
+        batches = eval_batches(dataset, config, device, args.batch_size, args.workers)
+        features, probabilities = predict(network, batches)               # [N, feature_dim], [N, K]
+        if not np.isfinite(probabilities).all():
+            raise UserError(f"{args.checkpoint}: the network's output is not finite; take an earlier one")
+        predictions = probabilities.argmax(1)
+        if args.silhouette:
+            metrics["silhouette"] = silhouette(features, predictions)
+            remarks.append("no silhouette: there are not two clusters" if metrics["silhouette"] is None else
+                           f"silhouette {metrics['silhouette']:.4f} (cosine distance of backbone features)")
+    if labels is None:           # nothing is measured against invented labels
+        remarks.append("no labels: ACC, NMI, AMI, ARI, FMI, purity and the confusion matrix are left out")
+    elif (predictions < 0).any():
+        scores = evaluate_with_noise(labels, predictions)
+    else:
+        scores = evaluate(labels, predictions, probabilities, mapping)
+    if mapping is not None:
+        remarks.append(f"clusters are named by the mapping of {args.map_from}")
+    mapping = scores.get("mapping", mapping)
+    clusters = describe_clusters(predictions, labels, mapping, class_names)
+    scored = {"network" if dataset else "predictions": scores} if scores else {}
     if scores and args.pixel_kmeans:
         scored["k-means on pixels"] = evaluate(labels, pixel_kmeans(dataset.images, num_clusters, seed))
-    for title, s in scored.items():
-        print(f"  {title}: ACC {s['acc']:.4f} (clusters matched to classes one to one; many-to-one "
+    print(f"{title}: {num_images:,} {split} images, {len(clusters)} of {num_clusters} clusters in use")
+    for name, s in scored.items():
+        print(f"  {name}: ACC {s['acc']:.4f} (clusters matched to classes one to one; many-to-one "
               f"{s['acc_majority']:.4f})   NMI {s['nmi']:.4f}   AMI {s['ami']:.4f}   ARI {s['ari']:.4f}")
-    for row in clusters[:MAX_CLUSTERS]:
-        print(f"  {caption(row, width=30)}")
-    if len(clusters) > MAX_CLUSTERS:
-        print(f"  and {len(clusters) - MAX_CLUSTERS} smaller ones, see metrics.json")
+    for remark in remarks:
+        print(f"  {remark}")
+    named = [row | {"cluster": cluster_names[row["cluster"]]} for row in clusters]         # ids as they came
+    for row in named[:MAX_CLUSTERS]:
+        print(f"  {caption(row)}")
+    if len(named) > MAX_CLUSTERS:
+        print(f"  and {len(named) - MAX_CLUSTERS} smaller ones, see metrics.json")
 
     # ---------------------------------------------------------------- save
-    for old in ("metrics.json", "contact_sheet.png", "confusion_matrix.png"):
-        (out / old).unlink(missing_ok=True)      # what lies in the folder afterwards belongs together
-    write_assignments(out / "assignments.csv", probabilities, labels, mapping, dataset.class_names)
+    for old in ("metrics.json", "assignments.csv", "contact_sheet*.png", "confusion_matrix.png", "top3.png"):
+        for path in out.glob(old):               # what lies in the folder afterwards belongs together
+            path.unlink()
     try:
-        draw_contact_sheet(out / "contact_sheet.png", dataset.images, predictions, confidences, clusters,
-                           args.images_per_cluster)
         if labels is not None:
-            draw_confusion_matrix(out / "confusion_matrix.png", labels, np.array(mapping)[predictions],
-                                  dataset.class_names)
+            classes = np.where(predictions < 0, -1, np.array([*mapping, -1])[predictions])
+            draw_confusion_matrix(out / "confusion_matrix.png", labels, classes, class_names)
+        if dataset is not None:
+            images = CentreCrops(dataset, 112) if dataset.images is None else dataset.images
+            confidences = probabilities.max(1)
+            for first in range(0, len(clusters), MAX_CLUSTERS)[:args.contact_sheets]:
+                rows = clusters[first:first + MAX_CLUSTERS]
+                path = out / f"contact_sheet{f'_{first // MAX_CLUSTERS + 1}' if first else ''}.png"
+                part = f": {first + 1} to {first + len(rows)} of {len(clusters)}, the largest first"
+                draw_contact_sheet(path, images, predictions, confidences, rows, args.images_per_cluster,
+                                   part if len(rows) < len(clusters) else "")
+            index = np.random.default_rng([seed, 7]).permutation(num_images)[:12]
+            names = [f"cluster {k}" if mapping is None or mapping[k] < 0 else class_names[mapping[k]]
+                     for k in range(num_clusters)]
+            draw_top3(out / "top3.png", images, probabilities, index, names,
+                      None if labels is None else [class_names[c] for c in labels])
     except ImportError as error:
         print(f"no pictures: {error}")
-    metrics = {"checkpoint": args.checkpoint, "data": name, "split": args.split, "num_images": num_images,
-               "num_clusters": num_clusters, **scores, "clusters": clusters,
-               "pixel_kmeans": scored.get("k-means on pixels")}
+    if dataset is not None:
+        write_assignments(out / "assignments.csv", probabilities, labels, mapping, class_names, dataset.paths)
+    metrics |= {**scores, "class_names": class_names, "clusters": named,
+                "pixel_kmeans": scored.get("k-means on pixels")}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     print(f"written: {out}")
 

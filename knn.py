@@ -14,11 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import UserError, load_twist, run, write_atomically
-from data import build_dataset, normalize
+from data import build_dataset, eval_batches
 
 
 def get_parser():
@@ -26,25 +27,26 @@ def get_parser():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
-    add("--data", help="data set: fashion-mnist (embedded) or fake")
+    add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
+    add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--output-dir", default="runs/knn", help="folder for all that is written")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote")
     add("--temperature", type=float, default=0.07, help="T of the votes exp(similarity / T)")
     add("--batch-size", type=int, default=512, help="images in the GLOBAL batch")
+    add("--workers", type=int, default=-1, help="processes that read ahead; -1: one a core for files, else 0")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     return parser
 
 
 @torch.inference_mode()
-def extract_features(backbone, dataset, device, batch_size=512):
-    """Features [N, feature_dim], float32 on the CPU, of a dataset without augmentation, in evaluation mode.
+def extract_features(backbone, batches):
+    """Features [N, feature_dim], float32 on the CPU, of inputs in batches (data.eval_batches).
 
-    The backbone is left in the mode it was found in.
+    In evaluation mode; the backbone is left in the mode it was found in.
     """
     was_training = backbone.training
     backbone.eval()
-    features = [backbone(normalize(images.to(device), dataset.mean, dataset.std)).float().cpu()
-                for images in dataset.images.split(batch_size)]
+    features = [backbone(x).float().cpu() for x in batches]
     backbone.train(was_training)
     return torch.cat(features)
 
@@ -110,9 +112,11 @@ def main(args):
     backbone = network.backbone.to(device)
 
     # ------------------------------------------------------------------ data
-    train, test = build_dataset(name, "train", seed), build_dataset(name, "test", seed)
+    train, test = (build_dataset(name, split, seed, args.data_dir) for split in ("train", "test"))
     if train.labels is None or test.labels is None:
         raise UserError(f"--data {name}: has no labels, which k-NN classification needs")
+    if train.images is None and np.array_equal(train.paths, test.paths):
+        raise UserError(f"--data {name}: has no train and val parts; each picture would find itself")
     if not 1 <= min(args.k) <= max(args.k) <= len(train):
         raise UserError(f"--k {' '.join(map(str, args.k))}: must be 1 to {len(train)}, the training images")
     if not args.temperature >= 0.002:
@@ -128,10 +132,10 @@ def main(args):
         raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
 
     # ------------------------------------------------------------------ eval
-    train_features = extract_features(backbone, train, device, args.batch_size)
-    features = extract_features(backbone, test, device, args.batch_size).to(device)
+    train_features, features = (extract_features(backbone, eval_batches(
+        part, config, device, args.batch_size, args.workers)) for part in (train, test))
     try:
-        similarity, index = nearest_neighbours(train_features, features, max(args.k))
+        similarity, index = nearest_neighbours(train_features, features.to(device), max(args.k))
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
     neighbour_labels = train.labels[index.cpu()]                                          # [N, max k]

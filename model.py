@@ -136,6 +136,23 @@ def synchronize_batch_norms(module):
             synchronize_batch_norms(child)
 
 
+@torch.no_grad()
+def reestimate_batch_norms(network, batches):
+    """Sets the running statistics of all batch norms of a Twist to their means over batches [B, 3, H, W].
+
+    Those of a multi-crop run are of crops of several sizes, which whole images do not have.
+    """
+    norms = [module for module in network.modules() if hasattr(module, "running_mean")]
+    before = [(norm, norm.momentum, getattr(norm, "bunch_size", None)) for norm in norms]
+    network.train()
+    for i, x in enumerate(batches):
+        for norm in norms:
+            norm.momentum, norm.bunch_size = 1 / (i + 1), None
+        network([x])
+    for norm, momentum, bunch_size in before:
+        norm.momentum, norm.bunch_size = momentum, bunch_size
+
+
 # ---------------------------------------------------------------- backbones
 class ResNet(nn.Module):
     """A ResNet of any widths from torchvision's blocks, without classifier; its names are torchvision's.

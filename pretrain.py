@@ -8,7 +8,6 @@ loss makes the views agree (consistency), each image sharp (sharpness) and the b
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import math
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, open_log, open_output, run, save_checkpoint, write_atomically
-from data import VIEWS, Batches, build_dataset, build_views
+from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers
 from knn import extract_features, knn_predict
 from loss import twist_loss
 from model import ARCHS, Twist, bunch_layout
@@ -38,7 +37,9 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", default="fashion-mnist", help="data set: fashion-mnist (embedded) or fake")
+    add("--data", default="fashion-mnist",
+        help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
+    add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--output-dir", default="runs/pretrain", help="folder for all that is written")
     # network
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
@@ -53,9 +54,11 @@ def get_parser():
     add("--eps", type=float, default=1e-5, help="inside every logarithm of the loss")
     # views
     add("--views", default="fashion-mnist", choices=VIEWS, help="augmentation recipe")
-    add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own")
+    add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own, 224 of files")
     add("--local-size", type=int, default=0, help="pixels of a local crop; 0: 3/7 of the global")
     add("--num-local", type=int, default=0, help="local crops beside the two global ones")
+    add("--mean", type=float, nargs="+", help="of pixels 0..1, one or three; None: the data's own")
+    add("--std", type=float, nargs="+", help="of pixels 0..1, one or three; None: the data's own")
     # optimisation
     add("--optimizer", default="adamw", choices=("lars", "adamw", "sgd"), help="update rule")
     add("--epochs", type=int, default=2, help="passes over the data")
@@ -71,7 +74,7 @@ def get_parser():
     add("--seed", type=int, default=0, help="of the initial weights, the order and the views")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="auto: bf16 on CUDA, else off")
-    add("--workers", type=int, default=0, help="processes that prepare batches; 0: the main one")
+    add("--workers", type=int, default=-1, help="processes that read ahead; -1: one a core for files, else 0")
     add("--resume", default="auto", help="auto: from the folder's last checkpoint; never; or a file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -84,12 +87,16 @@ def get_parser():
 
 def check(args, dataset, world_size):
     """Refuses what cannot work, by name, before anything is written."""
-    least = dict(epochs=1, num_classes=2, hidden_dim=1, batch_size=2, save_every=1, print_every=1, workers=0,
+    least = dict(epochs=1, num_classes=2, hidden_dim=1, batch_size=2, save_every=1, print_every=1, workers=-1,
                  num_local=0, knn_every=0, bunch_size=0, image_size=0, local_size=0, eps=0, lr=0,
                  warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    for name, values in (("mean", args.mean), ("std", args.std)):
+        if values and (len(values) not in (1, 3) or not all(0 <= v < math.inf for v in values) or
+                       (name == "std" and 0 in values)):
+            raise UserError(f"--{name} {' '.join(map(str, values))}: one or three numbers, for 0 to 1 pixels")
     if args.print_every > 50:
         raise UserError(f"--print-every {args.print_every}: at most 50; a wish to stop is heard as often")
     if args.batch_size % world_size:
@@ -118,12 +125,11 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    dataset = build_dataset(args.data, "train", args.seed)
+    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir)
     check(args, dataset, world_size)
-    size = args.image_size or dataset.images.shape[-1]
-    views = build_views(args.views, dataset.mean, dataset.std, size, args.local_size or max(1, size * 3 // 7),
-                        args.num_local)
-    batches = Batches(dataset, args.batch_size, len(views), args.seed, rank, world_size)
+    size, mean, std = input_of(vars(args))
+    views = build_views(args.views, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local)
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
@@ -173,8 +179,9 @@ def main(args):
                   "steps_per_epoch": steps_per_epoch, "total_steps": total_steps, "peak_lr": peak_lr}
         command = shlex.join(["python", *sys.argv])
         write(log, dict(resumed_from=start_step) if state else dict(command=command, config=config))
-        print(f"{command}\n{json.dumps(config)}\n{total_steps} steps of {args.batch_size} images × "
-              f"{len(views)} views; lr {args.lr:g} at batch 256 is {peak_lr:g}; {world_size} process(es) on "
+        print(f"{command}\n{json.dumps(config)}\n{len(dataset):,} images; {total_steps} steps of "
+              f"{args.batch_size} × {len(views)} views; lr {args.lr:g} at batch 256 is {peak_lr:g}; "
+              f"{world_size} process(es) on "
               f"{device}, amp {amp}" + (f"; resumed from step {start_step}" if state else ""), flush=True)
 
     # ---------------------------------------------------------------- train
@@ -182,8 +189,9 @@ def main(args):
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: caught.append(signum))
     loader = iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start_step, total_steps), num_workers=args.workers,
-        pin_memory=device.type == "cuda"))
+        batches, batch_size=None, sampler=range(start_step, total_steps),
+        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda"))
+    watched = monitored(args) if rank == 0 and args.knn_every else None
     first_bad = torch.full((), -1, device=device)
     since, waited, last_step = time.time(), 0.0, start_step
     model.train()
@@ -204,9 +212,7 @@ def main(args):
         waited += time.time() - before
 
         # ---- one training step: B images of this process, V views, C classes
-        images = images.to(device, non_blocking=True)                             # uint8 [B, channels, H, W]
-        x = [view(images, u).contiguous(memory_format=torch.channels_last)
-             for view, u in zip(views, uniforms, strict=True)]                    # V × [B, 3, h, w]
+        x = views(images, uniforms, device)                                       # V × [B, 3, h, w]
         stop = torch.tensor([float(signum in caught) for signum in SIGNALS], device=device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp != "off"):
             logits = ddp(x)                                                       # [V, B, C]
@@ -239,9 +245,8 @@ def main(args):
                 loss, health, grad_scale, min(args.num_classes, args.batch_size)), lr=lr,
                 images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
                 memory_mib=memory_mib(device))
-            watched = dataset.labels is not None and args.knn_every and place == 0
-            if rank == 0 and watched and epoch % args.knn_every == 0:
-                entry["knn_monitor"] = monitor(model, dataset, args, device)
+            if watched and place == 0 and epoch % args.knn_every == 0:
+                entry["knn_monitor"] = monitor(model, watched, args, device)
             if rank == 0:
                 write(log, entry)
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
@@ -329,13 +334,25 @@ def memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
-def monitor(model, dataset, args, device):
-    """20-NN accuracy of the test split against 10,000 labelled training images: to watch, not to report."""
-    train = dataclasses.replace(dataset, images=dataset.images[:10_000], labels=dataset.labels[:10_000])
-    test = build_dataset(args.data, "test", args.seed)
-    features = [extract_features(model.backbone, part, device) for part in (train, test)]
-    scores = knn_predict(features[0], train.labels, features[1], k=20, temperature=0.07,
-                         num_classes=len(dataset.class_names))
+def monitored(args):
+    """Labelled training and test images, up to 10,000 evenly spaced of each; None if there are no such."""
+    try:
+        parts = [build_dataset(args.data, split, args.seed, args.data_dir) for split in ("train", "test")]
+    except UserError:                                           # no val part
+        return None
+    train, test = (part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
+                   for part in parts)
+    apart = train.images is not None or train.paths[0] != test.paths[0]
+    return (train, test) if apart and train.labels is not None and test.labels is not None else None
+
+
+def monitor(model, watched, args, device):
+    """20-NN accuracy of the test images against the training images: to watch, not to report."""
+    train, test = watched
+    features = [extract_features(model.backbone, eval_batches(part, vars(args), device, workers=args.workers))
+                for part in watched]
+    scores = knn_predict(features[0], train.labels, features[1], k=min(20, len(train)), temperature=0.07,
+                         num_classes=len(train.class_names))
     return (scores.argmax(1).cpu() == test.labels).float().mean().item()
 
 

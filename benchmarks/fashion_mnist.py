@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import load_twist, write_atomically  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
-from data import build_dataset  # noqa: E402
+from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
 
 RECIPES = {"classes": [], "representation": ["@recipes/fashion_mnist_representation.txt"]}
@@ -68,10 +68,11 @@ def trained(recipe, seed, train, test, folder):
     command = [sys.executable, "pretrain.py", *RECIPES[recipe], "--seed", str(seed), "--output-dir", str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     minutes = (time.time() - start) / 60
-    network, _ = load_twist(out / "checkpoint.pth")
-    features = [extract_features(network.backbone, part, "cpu") for part in (train, test)]
+    network, config = load_twist(out / "checkpoint.pth")
+    features = [extract_features(network.backbone, eval_batches(part, config, "cpu"))
+                for part in (train, test)]
     result = dict(method=recipe, seed=seed, minutes=minutes)
-    probabilities = predict(network, test, "cpu", 512)
+    _, probabilities = predict(network, eval_batches(test, config, "cpu"))
     if probabilities.shape[1] == 10:
         result |= evaluate(test.labels.numpy(), probabilities.argmax(1), probabilities)
     return result | dict(knn=knn_accuracy(features[0], train, features[1], test),

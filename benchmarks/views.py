@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import VIEWS, Batches, build_dataset, build_views  # noqa: E402
+from data import INPUTS, VIEWS, Batches, build_dataset, build_views  # noqa: E402
 from loss import twist_loss  # noqa: E402
 from model import Twist  # noqa: E402
 from optim import param_groups  # noqa: E402
@@ -29,9 +29,9 @@ BATCH, WORKERS = 128, 2
 ROUNDS, BATCHES, STEPS = 5, 20, 60             # rounds of so many batches; training steps
 
 
-def per_sample_view(dataset, scale, jitter, jitter_each=False, gray=0.0, blur=0.0, solarize=0.0):
+def per_sample_view(size, mean, std, scale, jitter, jitter_each=False, gray=0.0, blur=0.0, solarize=0.0):
     """One view of a Pillow image by torchvision's transforms; those that never happen are left out."""
-    _, channels, size, _ = dataset.images.shape
+    channels = len(mean)
 
     def blurred(image):
         return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))
@@ -43,17 +43,19 @@ def per_sample_view(dataset, scale, jitter, jitter_each=False, gray=0.0, blur=0.
     steps = [(1, T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)),
              (1, T.RandomHorizontalFlip()), *colours, (gray, T.Grayscale(channels)),
              (blur, T.Lambda(blurred)), (solarize, T.Lambda(ImageOps.solarize)), (1, T.ToTensor()),
-             (1, T.Normalize([dataset.mean] * channels, [dataset.std] * channels))]
+             (1, T.Normalize(mean, std))]
     return T.Compose([step if p == 1 else T.RandomApply([step], p) for p, step in steps if p > 0])
 
 
 class PerSample(torch.utils.data.Dataset):
     """Item i is the two views of image i."""
 
-    def __init__(self, dataset, recipe):
+    def __init__(self, name, dataset, recipe):
         pixels = dataset.images.permute(0, 2, 3, 1).numpy()
         self.images = [Image.fromarray(image.squeeze()) for image in pixels]
-        self.views = [per_sample_view(dataset, **kwargs) for kwargs in VIEWS[recipe][:2]]
+        size, mean, std = INPUTS[name]
+        mean, std = (values * (dataset.images.shape[1] // len(values)) for values in (mean, std))
+        self.views = [per_sample_view(size, mean, std, **kwargs) for kwargs in VIEWS[recipe][:2]]
 
     def __len__(self):
         return len(self.images)
@@ -70,17 +72,11 @@ def per_sample_rate(loader):
     return len(loader) * BATCH / (time.perf_counter() - start)
 
 
-def make_views(batches, views, step):
-    images, uniforms = batches[step]
-    return [view(images, u).contiguous(memory_format=torch.channels_last)
-            for view, u in zip(views, uniforms, strict=True)]
-
-
 def batched_rate(batches, views):
     """Images a second, from the data set to the network's input."""
     start = time.perf_counter()
     for step in range(BATCHES):
-        make_views(batches, views, step)
+        views(*batches[step])
     return BATCHES * BATCH / (time.perf_counter() - start)
 
 
@@ -92,7 +88,7 @@ def step_seconds(batches, views):
     seconds = []
     for step in range(STEPS + 3):
         start = time.perf_counter()
-        x = make_views(batches, views, step)
+        x = views(*batches[step])
         made = time.perf_counter()
         loss = twist_loss(model(x)).total
         optimizer.zero_grad()
@@ -104,12 +100,12 @@ def step_seconds(batches, views):
 
 def compare(name, recipe, required=("", "")):
     dataset = build_dataset(name, "train")
-    size = dataset.images.shape[-1]
-    views = build_views(recipe, dataset.mean, dataset.std, size)
-    batches = Batches(dataset, BATCH, len(views), seed=0)
+    size, mean, std = INPUTS[name]
+    views = build_views(recipe, mean, std, size)
+    batches = Batches(dataset, BATCH, views, seed=0)
     some = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=BATCH * BATCHES)
-    loader = torch.utils.data.DataLoader(PerSample(dataset, recipe), BATCH, sampler=some, num_workers=WORKERS,
-                                         persistent_workers=True)
+    loader = torch.utils.data.DataLoader(PerSample(name, dataset, recipe), BATCH, sampler=some,
+                                         num_workers=WORKERS, persistent_workers=True)
     rates = [(batched_rate(batches, views), per_sample_rate(loader)) for _ in range(ROUNDS + 1)]
     ours, theirs = (statistics.median(column) for column in zip(*rates[1:], strict=True))   # one to warm up
     print(f"{name} {size} × {size}, views '{recipe}': ours {ours:,.0f} images/s in this process, torchvision "

@@ -8,7 +8,7 @@ import torch
 
 import knn
 from checkpoint import run, save_checkpoint
-from data import build_dataset
+from data import build_dataset, eval_batches
 from knn import extract_features, knn_predict, nearest_neighbours, vote
 from model import build_backbone, build_twist
 
@@ -89,9 +89,9 @@ def test_extract_features(training):
     backbone = build_backbone("resnet8").train(training)
     dataset = build_dataset("fake", "test")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    features = extract_features(backbone, dataset, "cpu", batch_size=100)
+    features = extract_features(backbone, eval_batches(dataset, CONFIG, "cpu", batch_size=100))
     assert features.shape == (256, backbone.feature_dim) and features.dtype == torch.float32
-    one_by_one = extract_features(backbone, dataset, "cpu", batch_size=1)      # no batch statistics
+    one_by_one = extract_features(backbone, eval_batches(dataset, CONFIG, "cpu", 1))    # no batch statistics
     torch.testing.assert_close(one_by_one, features)
     assert backbone.training is training and all(module.training is training for module in backbone.modules())
     for name, value in backbone.state_dict().items():
@@ -128,7 +128,8 @@ def test_command(checkpoint, tmp_path, capsys, monkeypatch):
     network = build_twist(CONFIG)
     network.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
     train, test = shuffled("fake", "train", 3), shuffled("fake", "test", 3)
-    features = [extract_features(network.backbone, part, "cpu").double().numpy() for part in (train, test)]
+    features = [extract_features(network.backbone, eval_batches(part, CONFIG, "cpu")).double().numpy()
+                for part in (train, test)]
     for k in (1, 200):
         scores = naive_scores(features[0], train.labels.numpy(), features[1], k, 0.07, 10)
         hits = scores.argsort(1)[:, ::-1] == test.labels.numpy()[:, None]

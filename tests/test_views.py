@@ -24,6 +24,9 @@ PUBLISHED = {
                ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2)],
     "moco": [((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0),
              ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0)],
+    "selflabel": [((0.14, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0),
+                  ((0.14, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2),
+                  ((0.05, 0.14), (0.4, 0.4, 0.2, 0.1), 0.2, 0.5, 0.0)],
     "multicrop": [((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0),
                   ((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2),
                   ((0.05, 0.4), (0.4, 0.4, 0.2, 0.1), 0.2, 0.5, 0.0)],
@@ -60,6 +63,10 @@ def levels(picture):
 
 def uniforms(rows, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random((rows, UNIFORMS), dtype=np.float32))
+
+
+def draw(view, u, height, width):
+    return view.draw_crop(u, height, width) | view.draw_colour(u)
 
 
 # ---------------------------------------------------------------- operations on fixed parameters
@@ -143,21 +150,24 @@ def test_blur_is_a_true_gaussian(size):
 def test_recipes_are_the_published_ones():
     for name, published in PUBLISHED.items():
         num_local = 12 if len(published) == 3 else 0
-        views = build_views(name, 0.5, 0.25, 224, 96, num_local)
-        assert len(VIEWS[name]) == len(published) and [v.size for v in views] == [224] * 2 + [96] * num_local
-        for v, view in enumerate(views):
+        views = build_views(name, (0.5,), (0.25,), 224, 96, num_local)
+        flat = [view for view, first, last in views.runs for _ in range(first, last)]
+        assert len(VIEWS[name]) == len(published) and len(views) == 2 + num_local
+        assert [view.size for view in flat] == [224] * 2 + [96] * num_local
+        assert len(views.runs) == {"barlow": 2, "moco": 1}.get(name, 3)   # equal ones are made together
+        for v, view in enumerate(flat):
             ours = (view.scale, view.jitter, view.gray, view.blur, view.solarize)
             assert ours == published[min(v, 2)], (name, v)
             assert (view.flip, view.jitter_p) == (0.5, 0.8)
             assert (view.ratio, view.sigma) == ((3 / 4, 4 / 3), (0.1, 2.0))
     with pytest.raises(UserError, match="--num-local 6: .*barlow"):
-        build_views("barlow", 0.5, 0.25, 224, 96, 6)
+        build_views("barlow", (0.5,), (0.25,), 224, 96, 6)
 
 
 @pytest.mark.parametrize("name, v", [(name, v) for name in VIEWS for v in range(len(VIEWS[name]))])
 def test_draw_has_the_distributions_of_the_recipe(name, v):
-    view = RandomView(28, 0.5, 0.25, **VIEWS[name][v])
-    p = view.draw(uniforms(ROWS, seed=v), 32, 32)
+    view = RandomView(28, (0.5,), (0.25,), **VIEWS[name][v])
+    p = draw(view, uniforms(ROWS, seed=v), 32, 32)
     shares = dict(flip=0.5, jitter=0.8, gray=view.gray, blur=view.blur, solarize=view.solarize)
     for key, share in shares.items():
         standard_error = (share * (1 - share) / ROWS) ** 0.5                      # 0 for never and always
@@ -175,8 +185,9 @@ def test_draw_has_the_distributions_of_the_recipe(name, v):
 
 def test_parameters_are_drawn_independently():
     """Each from numbers of its own: no two are correlated, whatever each looks like alone."""
-    view = RandomView(28, 0.5, 0.25, (0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, blur=0.5, solarize=0.5)
-    p = {key: value.double() for key, value in view.draw(uniforms(ROWS), 375, 375).items()}
+    view = RandomView(28, (0.5,), (0.25,), (0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.5, blur=0.5,
+                      solarize=0.5)
+    p = {key: value.double() for key, value in draw(view, uniforms(ROWS), 375, 375).items()}
     assert (p["jitter"] == p["jitter"][:, :1]).all()           # together, unless jitter_each
     columns = [p["jitter"][:, 0]]
     columns += [p[key] for key in ("flip", "gray", "blur", "solarize", "brightness", "contrast",
@@ -189,8 +200,8 @@ def test_parameters_are_drawn_independently():
 
 
 def test_jitter_each_decides_for_every_operation_by_itself():
-    view = RandomView(28, 0.5, 0.25, (0.2, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True)
-    p = view.draw(uniforms(ROWS), 28, 28)
+    view = RandomView(28, (0.5,), (0.25,), (0.2, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True)
+    p = draw(view, uniforms(ROWS), 28, 28)
     chosen = p["jitter"].double()
     assert (chosen.mean(0) - 0.8).abs().max() < 4 * (0.16 / ROWS) ** 0.5
     assert (torch.corrcoef(chosen.T) - torch.eye(4)).abs().max() < 5 / ROWS ** 0.5
@@ -201,7 +212,7 @@ def test_jitter_each_decides_for_every_operation_by_itself():
     (30, 300, (0.2, 1), True), (300, 30, (0.2, 1), True)])
 def test_crops_are_distributed_as_torchvisions(height, width, scale, fallback):
     """A long picture has no room for most crops: then the largest central one is taken."""
-    p = RandomView(28, 0.5, 0.25, scale).draw(uniforms(ROWS), height, width)
+    p = RandomView(28, (0.5,), (0.25,), scale).draw_crop(uniforms(ROWS), height, width)
     ours = torch.stack([p[key].double() for key in ("top", "left", "height", "width")]).numpy()
     torch.manual_seed(0)
     image, ratio = torch.empty(1, height, width), (3 / 4, 4 / 3)
@@ -222,7 +233,7 @@ def test_crops_never_leave_the_picture(height, width):
     u = uniforms(2000)
     u[0], u[1] = 0, 1 - 2 ** -24                                                  # the ends of what is drawn
     for scale in ((0.05, 0.4), (0.4, 1)):
-        p = RandomView(28, 0.5, 0.25, scale).draw(u, height, width)
+        p = RandomView(28, (0.5,), (0.25,), scale).draw_crop(u, height, width)
         for start, length, room in ((p["top"], p["height"], height), (p["left"], p["width"], width)):
             assert start.min() >= 0 and length.min() >= 1 and (start + length).max() <= room
             assert start.equal(start.round()) and length.equal(length.round())
@@ -231,7 +242,7 @@ def test_crops_never_leave_the_picture(height, width):
 # ---------------------------------------------------------------- whole views
 def one_by_one(view, images, u):
     """What `view` ought to do, image by image with torchvision's functions, from the parameters it draws."""
-    p, results = view.draw(u, *images.shape[-2:]), []
+    p, results = draw(view, u, *images.shape[-2:]), []
     for i, image in enumerate(images):
         box = (p[key][i:i + 1] for key in ("top", "left", "height", "width"))
         x = data.crop_resize(image[None], *box, view.size, p["flip"][i:i + 1])
@@ -245,7 +256,9 @@ def one_by_one(view, images, u):
             x = data.gaussian_blur(x, p["sigma"][i].view(1, 1, 1, 1))
         if p["solarize"][i]:
             x = TF.solarize(x, 0.5)                            # both sides meet at one half: no jump there
-        results.append(TF.normalize(x, view.mean, view.std).expand(-1, 3, -1, -1))
+        channels = len(x[0])
+        x = TF.normalize(x, view.mean[:channels], view.std[:channels])
+        results.append(x.expand(-1, 3, -1, -1))
     return torch.cat(results)
 
 
@@ -256,7 +269,8 @@ def test_views_do_what_they_drew_in_the_published_order(channels, recipe):
     images = build_dataset("fake", "train").images[:40, :channels]
     for v, kwargs in enumerate(VIEWS[recipe]):
         kwargs = {**kwargs, "gray": 0.4, "blur": 0.5, "solarize": 0.5}
-        view, u = RandomView(24, 0.45, 0.5, **kwargs), uniforms(40, seed=v)
+        mean, std = (0.45, 0.4, 0.5)[:channels], (0.5, 0.2, 0.3)[:channels]
+        view, u = RandomView(24, mean, std, **kwargs), uniforms(40, seed=v)
         torch.testing.assert_close(view(images, u), one_by_one(view, images, u), atol=2e-5, rtol=0)
 
 
@@ -265,7 +279,7 @@ def test_a_view_is_a_pure_function_and_the_batch_does_not_matter(data_set, recip
     images = build_dataset(data_set, "test").images[:32]
     before, state = images.clone(), torch.get_rng_state()
     for v, kwargs in enumerate(VIEWS[recipe]):
-        view, u = RandomView(28, 0.0, 1.0, **kwargs), uniforms(32, seed=v)
+        view, u = RandomView(28, (0.0,), (1.0,), **kwargs), uniforms(32, seed=v)
         u_before, batch = u.clone(), view(images, u)
         assert batch.shape == (32, 3, 28, 28) and batch.dtype == torch.float32
         assert view(images, u).equal(batch)
@@ -278,8 +292,8 @@ def test_a_view_is_a_pure_function_and_the_batch_does_not_matter(data_set, recip
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_one_global_batch(world_size):
     dataset = build_dataset("fake", "train")
-    whole = Batches(dataset, 32, 3, seed=5)
-    shares = [Batches(dataset, 32, 3, 5, rank, world_size) for rank in range(world_size)]
+    whole = Batches(dataset, 32, range(3), seed=5)
+    shares = [Batches(dataset, 32, range(3), 5, rank, world_size) for rank in range(world_size)]
     for step in (0, 1, 15, 16, 40):
         images, u = whole[step]
         parts = [share[step] for share in shares]
@@ -292,7 +306,7 @@ def test_processes_share_one_global_batch(world_size):
 def test_an_epoch_is_a_permutation_cut_into_steps():
     dataset = build_dataset("fake", "train")
     dataset.images = torch.arange(512).view(-1, 1, 1, 1)
-    batches, drawn = Batches(dataset, 48, 2, seed=0), []
+    batches, drawn = Batches(dataset, 48, range(2), seed=0), []
     assert batches.steps_per_epoch == 10
     for epoch in range(3):
         order = torch.cat([batches[step][0] for step in range(10 * epoch, 10 * epoch + 10)]).flatten()
@@ -300,12 +314,12 @@ def test_an_epoch_is_a_permutation_cut_into_steps():
         assert not order.equal(order.sort().values)
         drawn.append(order)
     assert not drawn[0].equal(drawn[1]) and not drawn[1].equal(drawn[2])
-    assert not Batches(dataset, 48, 2, seed=1)[0][0].equal(batches[0][0])
+    assert not Batches(dataset, 48, range(2), seed=1)[0][0].equal(batches[0][0])
     assert not batches[0][1].equal(batches[1][1]) and not batches[0][1][0].equal(batches[0][1][1])
 
 
 def test_workers_change_nothing_and_a_run_may_start_anywhere():
-    batches = Batches(build_dataset("fake", "train"), 64, 2, seed=3)
+    batches = Batches(build_dataset("fake", "train"), 64, range(2), seed=3)
     straight = [batches[step] for step in range(20)]
     for start, workers in ((0, 0), (5, 0), (5, 2)):            # 8 steps an epoch: all cross into the next
         loaded = list(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, 20),
@@ -329,9 +343,10 @@ def test_fashion_mnist_is_whole():
             share = dataset.images.flatten().bincount(minlength=256).double() / dataset.images.numel()
             level = torch.arange(256).double() / 255
             mean = (share * level).sum()
-            assert dataset.mean == pytest.approx(mean.item(), abs=5e-5)
-            assert dataset.std == pytest.approx((share * (level - mean) ** 2).sum().sqrt().item(), abs=5e-5)
-            x = data.normalize(dataset.images[:100], dataset.mean, dataset.std)
+            size, stated_mean, stated_std = data.INPUTS["fashion-mnist"]
+            assert size == 28 and stated_mean[0] == pytest.approx(mean.item(), abs=5e-5)
+            assert stated_std[0] == pytest.approx((share * (level - mean) ** 2).sum().sqrt().item(), abs=5e-5)
+            x = data.normalize(dataset.images[:100] / 255, stated_mean, stated_std)
             assert x.shape == (100, 3, 28, 28) and x.dtype == torch.float32
             torch.testing.assert_close(x[:, 2] * 0.3530 + 0.2860, dataset.images[:100, 0] / 255)
 
@@ -353,5 +368,5 @@ def test_fake_depends_on_the_seed_only():
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(UserError, match="--data.*'fashoin-mnist'.*fashion-mnist"):
+    with pytest.raises(UserError, match="--data: 'fashoin-mnist'.*fashion-mnist"):
         build_dataset("fashoin-mnist", "train")

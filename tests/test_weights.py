@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint import load_twist
 from cluster_eval import evaluate, predict
-from data import build_dataset
+from data import build_dataset, eval_batches
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -18,7 +18,7 @@ def test_weights_score_what_is_written_beside_them():
     network, config = load_twist(path)
     stated = json.loads((WEIGHTS / "fashion-mnist.json").read_text())
     dataset = build_dataset(config["data"], "test")
-    probabilities = predict(network, dataset, "cpu", 512)
+    _, probabilities = predict(network, eval_batches(dataset, config, "cpu"))
     scores = evaluate(dataset.labels.numpy(), probabilities.argmax(1), probabilities)
     for name in ("acc", "acc_top5", "nmi", "ami", "ari"):      # another machine may round an image elsewhere
         assert scores[name] == pytest.approx(stated[name], abs=2e-3), name
