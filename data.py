@@ -512,14 +512,18 @@ def adjust_saturation(x, factor):
 
 def adjust_hue(x, shift):
     """Turn the hue by `shift` of the full circle, in HSV."""
-    v, low = x.amax(1), x.amin(1)
-    chroma = v - low
     r, g, b = x.unbind(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    hue = torch.where(v == r, (g - b) / safe, torch.where(v == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6
-    hue = hue + shift[:, 0]
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + 6 * hue[:, None]) % 6
-    return v[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    v = torch.maximum(torch.maximum(r, g), b)
+    chroma = v - torch.minimum(torch.minimum(r, g), b)
+    safe = chroma.clamp_min(1e-9)                     # of gray, whose hue does not show
+    hue = torch.where(v == r, (g - b) / safe, torch.where(v == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue += 6 * shift[:, 0]                            # in sixths of the circle
+    y = torch.empty_like(x)
+    for channel, n in enumerate((5, 3, 1)):
+        k = hue + n
+        k -= (k / 6).floor_().mul_(6)                 # modulo 6, several times faster
+        torch.addcmul(v, k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1), chroma, value=-1, out=y[:, channel])
+    return y
 
 
 def gaussian_blur(x, sigma):

@@ -148,7 +148,8 @@ def rotated(image, orientation):
 
 @pytest.mark.parametrize("name, mode, options", [
     ("a.jpg", "RGB", {}), ("a.jpg", "L", {}), ("a.jpg", "CMYK", {}), ("a.tif", "CMYK", {}),
-    ("a.png", "RGBA", {}), ("a.png", "LA", {}), ("a.png", "P", {}), ("a.png", "P", dict(transparency=3)), ("a.png", "1", {}),
+    ("a.png", "RGBA", {}), ("a.png", "LA", {}), ("a.png", "P", {}), ("a.png", "P", dict(transparency=3)),
+    ("a.png", "1", {}),
     ("a.gif", "P", {}), ("a.bmp", "RGB", {}), ("a.webp", "RGB", dict(lossless=True)), ("a.ppm", "RGB", {}),
     ("a.tif", "RGB", {}), ("a.jpg", "RGB", dict(progressive=True)), ("a.gif.JPEG", "RGB", {}),
     *(("a.jpg", "RGB", rotated(None, k)) for k in range(1, 9)), ("a.png", "RGB", rotated(None, 6))])
