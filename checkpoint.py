@@ -53,8 +53,8 @@ def run(main, parser, argv=None):
     """What stands behind `python STAGE.py`: parse, run, report a UserError in one line with exit code 2."""
     try:
         sys.exit(main(parse_args(parser, argv)))
-    except UserError as error:
-        _exit(parser.prog, error)
+    except UserError as error:   # of a loader's worker the last line; the others are its traceback
+        _exit(parser.prog, str(error).strip().splitlines()[-1].removeprefix("checkpoint.UserError: "))
 
 
 # ---------------------------------------------------------------- the output folder

@@ -438,17 +438,19 @@ def confusion_matrix(labels, predicted_classes, num_classes):
 
 def draw_confusion_matrix(path, labels, predicted_classes, class_names):
     """PNG of the row-normalised confusion matrix: up to 200 classes are named, up to 50 have per cents."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     matrix = confusion_matrix(labels, predicted_classes, len(class_names))
     rows, columns = matrix.shape
     cell, font = (0.4, 8) if rows <= 50 else (0.15, 6)
     named = rows <= 200
-    size = max(4.5, cell * rows) if named else 9                                  # inches
+    size = max(4.5, cell * rows) if named else 12                                 # inches
     names = 0.012 * font * max(map(len, class_names)) if named else 0
     figure = Figure(figsize=(size + 1.2 + names, size + names), layout="constrained")
     axes = figure.add_subplot()
-    picture = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    scale = PowerNorm(1 if named else 0.4, vmin=0, vmax=1)     # where a cell is a pixel, faint ones must show
+    picture = axes.imshow(matrix, cmap="Blues", norm=scale)
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
     last = "; last column: unmatched" if columns > rows else ""
     axes.set(xlabel=f"class that the predicted cluster is matched to{last}", ylabel="true class")
@@ -546,9 +548,9 @@ def main(args):
     if dataset is not None:
         network.to(device)
         if args.bn_images:
-            batch = min(args.batch_size, args.bn_images, len(train))
-            drawn = np.random.default_rng([seed, 6]).permutation(len(train))
-            train = train.subset(torch.from_numpy(drawn[:args.bn_images // batch * batch]))
+            drawn = np.random.default_rng([seed, 6]).permutation(len(train))[:args.bn_images]
+            batch = len(drawn) // max(1, round(len(drawn) / args.batch_size))     # all of one size, or nearly
+            train = train.subset(torch.from_numpy(drawn[:len(drawn) // batch * batch]))
             reestimate_batch_norms(network, eval_batches(train, config, device, batch, args.workers))
             remarks.append(f"batch-norm statistics are those of {len(train):,} training images")
         batches = eval_batches(dataset, config, device, args.batch_size, args.workers)

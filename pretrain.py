@@ -53,7 +53,8 @@ def get_parser():
     add("--beta", type=float, default=1.0, help="weight of diversity")
     add("--eps", type=float, default=1e-5, help="inside every logarithm of the loss")
     # views
-    add("--views", default="fashion-mnist", choices=VIEWS, help="augmentation recipe")
+    add("--views", default="auto", choices=("auto", *VIEWS),
+        help="augmentation recipe; auto: fashion-mnist for it, else barlow, multicrop with local crops")
     add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own, 224 of files")
     add("--local-size", type=int, default=0, help="pixels of a local crop; 0: 3/7 of the global")
     add("--num-local", type=int, default=0, help="local crops beside the two global ones")
@@ -128,7 +129,11 @@ def main(args):
     dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir)
     check(args, dataset, world_size)
     size, mean, std = input_of(vars(args))
-    views = build_views(args.views, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local)
+    recipe = args.views
+    if recipe == "auto":
+        of_pictures = "multicrop" if args.num_local > 0 else "barlow"
+        recipe = "fashion-mnist" if args.data == "fashion-mnist" else of_pictures
+    views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local)
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)

@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline.py                   on an otherwise idle CPU; one thread, in this process
 
-Published: torchvision's v1 transforms on Pillow images, view by view and image by image, as the published code.
-v2: its transforms on byte tensors, likewise. Ours: the workers' side (decode, 14 crops), and then the rest
-(colours, blur, normalisation), which is batched and runs on the device: here, on the same core. In turns.
+Published: torchvision's v1 transforms on Pillow images, view by view and image by image, as in the published
+code. v2: its transforms on byte tensors, likewise. Ours: the workers' side (decode, 14 crops), and then the
+rest (colours, blur, normalisation), which is batched and runs on the device: here on the same core.
 """
 
 import os
@@ -45,7 +45,8 @@ def write_photographs(folder):
 
 def v2_view(size, scale, jitter, gray=0.0, blur=0.0, solarize=0.0):
     """The same view by torchvision's v2 transforms, of byte tensors; of the blur a kernel of 13 taps."""
-    steps = [(1, v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)),
+    bicubic = v2.InterpolationMode.BICUBIC
+    steps = [(1, v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True)),
              (1, v2.RandomHorizontalFlip()), (0.8, v2.ColorJitter(*jitter)), (gray, v2.Grayscale(3)),
              (blur, v2.GaussianBlur(13, (0.1, 2.0))), (solarize, v2.RandomSolarize(128, p=1.0)),
              (1, v2.ToDtype(torch.float32, scale=True)), (1, v2.Normalize(MEAN, STD))]
@@ -74,14 +75,16 @@ def seconds(iterable):
 
 def main():
     torch.set_num_threads(1)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-          f"Pillow {PIL.__version__}, CPU, 1 thread\n{IMAGES} JPEG files of 500 × 375, 2 × {SIZE} + {NUM_LOCAL} × "
-          f"{LOCAL_SIZE} views, batches of {BATCH}; medians of {ROUNDS} rounds", flush=True)
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
+    print(f"Python {platform.python_version()}, {versions}, CPU, 1 thread\n{IMAGES} JPEG files of 500 × 375, "
+          f"2 × {SIZE} + {NUM_LOCAL} × {LOCAL_SIZE} views, batches of {BATCH}; medians of {ROUNDS} rounds",
+          flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         dataset = build_dataset(folder, "train")
         paths = [os.fsdecode(path) for path in dataset.paths]
-        v1_views = [per_sample_view(size, MEAN, STD, **kwargs) for size, kwargs in zip(SIZES, RECIPES, strict=True)]
+        v1_views = [per_sample_view(size, MEAN, STD, **kwargs)
+                    for size, kwargs in zip(SIZES, RECIPES, strict=True)]
         v2_views = [v2_view(size, **kwargs) for size, kwargs in zip(SIZES, RECIPES, strict=True)]
         views = build_views("multicrop", MEAN, STD, SIZE, LOCAL_SIZE, NUM_LOCAL)
         batches = Batches(dataset, BATCH, views, seed=0)

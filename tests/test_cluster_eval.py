@@ -13,19 +13,23 @@ import torch
 from sklearn import metrics as sk
 
 import cluster_eval
-from checkpoint import run, save_checkpoint
+from checkpoint import UserError, run, save_checkpoint
 from cluster_eval import (
     caption,
     confusion_matrix,
     describe_clusters,
     draw_confusion_matrix,
     draw_contact_sheet,
+    draw_top3,
     evaluate,
+    evaluate_with_noise,
     expected_mutual_information,
+    read_predictions,
+    silhouette,
     write_assignments,
 )
 from data import build_dataset
-from model import build_twist
+from model import build_twist, reestimate_batch_norms
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "cluster_eval.npz")
 
@@ -173,6 +177,127 @@ def test_bad_input_is_named(name, value, message):
         evaluate(**(SOUND | {name: value}))
 
 
+def test_a_mapping_from_elsewhere():
+    rng = np.random.default_rng(3)
+    train, test = rng.integers(0, 6, 400), rng.integers(0, 6, 300)
+    train_p, test_p = (np.where(rng.random(len(y)) < 0.5, (y + 2) % 6, rng.integers(0, 8, len(y)))
+                       for y in (train, test))
+    probabilities = rng.random((300, 8)) + np.eye(8)[test_p]
+    mapping = evaluate(np.r_[train, 5], np.r_[train_p, 7])["mapping"]
+    ours = evaluate(test, test_p, probabilities, mapping=mapping)
+    own = evaluate(test, test_p, probabilities)
+    assert ours["acc"] == np.mean(np.array(mapping)[test_p] == test) and ours["mapping"] == mapping
+    top5 = np.array(mapping)[np.argsort(probabilities, 1)[:, -5:]]
+    assert ours["acc_top5"] == np.mean([y in row for y, row in zip(test, top5, strict=True)])
+    assert own["acc"] >= ours["acc"] and own["nmi"] == ours["nmi"]
+    few = evaluate([0, 0, 1], [2, 2, 0], mapping=[4, -1, 0, 1])      # with classes and clusters not seen here
+    assert few["acc"] == 2 / 3 and few["mapping"] == [4, -1, 0, 1]
+    for bad, message in (([0, 1], "mapping: expected 3"), ([0, 1, 1, 2], "mapping: two clusters"),
+                         ([0.0, 1.0, 2.0], "mapping: expected"), ([[0], [1], [2]], "mapping: expected")):
+        with pytest.raises(ValueError, match=message):
+            evaluate([0, 0, 1], [2, 2, 0], mapping=bad)
+
+
+def test_noise_is_in_no_cluster():
+    """Scores as scikit-learn has them, where -1 is a cluster; but noise is never matched to a class."""
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 4, 500)
+    predictions = np.where(rng.random(500) < 0.4, -1, labels)
+    ours = evaluate_with_noise(labels, predictions)
+    for name, score in (("nmi", sk.normalized_mutual_info_score), ("ari", sk.adjusted_rand_score),
+                        ("ami", sk.adjusted_mutual_info_score), ("fmi", sk.fowlkes_mallows_score)):
+        assert ours[name] == pytest.approx(score(labels, predictions), abs=1e-9)
+    assert ours["acc"] == ours["acc_majority"] == pytest.approx(np.mean(predictions >= 0))
+    assert ours["mapping"] == [0, 1, 2, 3] and ours["num_clusters_used"] == 4
+    assert evaluate_with_noise(labels, labels) == evaluate(labels, labels)
+    nothing = evaluate_with_noise(labels, np.full(500, -1))
+    assert nothing["acc"] == nothing["acc_majority"] == nothing["num_clusters_used"] == 0
+    assert nothing["nmi"] == pytest.approx(0, abs=1e-12) and nothing["mapping"] == []
+
+
+@pytest.mark.parametrize("K, N", [(2, 50), (7, 300), (40, 120)])
+def test_silhouette_is_scikit_learns(K, N):
+    rng = np.random.default_rng(K)
+    predictions = np.r_[np.arange(K), rng.integers(0, K, N - K)] * 3              # ids with gaps
+    features = rng.normal(size=(N, 5)) + 2 * rng.normal(size=(3 * K, 5))[predictions]
+    predictions[0] = 3 * K                                                        # one alone
+    features[1] = 0                                            # without direction: at distance 1 from all
+    expected = sk.silhouette_score(features, predictions, metric="cosine")
+    for chunk in (1, 7, 4096):
+        assert silhouette(features, predictions, chunk) == pytest.approx(expected, abs=1e-9)
+    assert silhouette(features.astype(np.float32), predictions) == pytest.approx(expected, abs=1e-6)
+    assert silhouette(features, np.zeros(N, int)) is None and silhouette(features, np.arange(N)) is None
+
+
+# ---------------------------------------------------------------- predictions of other programs
+def test_predictions_of_other_programs(tmp_path):
+    labels, clusters = ["dog", "cat", "cat", "eel", "dog"], [7, 40, 40, 7, -1]
+    lines = [f"{i},{y},{p}\n" for i, (y, p) in enumerate(zip(labels, clusters, strict=True))]
+    (tmp_path / "a.csv").write_text("index,label,prediction\n" + "".join(lines))
+    np.savez(tmp_path / "a.npz", labels=np.array(labels), predictions=np.array(clusters, np.int32))
+    for name in ("a.csv", "a.npz"):
+        y, p, probabilities, class_names, cluster_names, remarks = read_predictions(tmp_path / name)
+        assert y.tolist() == [1, 0, 0, 2, 1] and p.tolist() == [0, 1, 1, 0, -1] and probabilities is None
+        assert class_names == ["cat", "dog", "eel"] and cluster_names == [7, 40]
+        assert "1 predictions (20.0%) are negative, that is noise" in remarks[0]
+        assert remarks[1] == "2 clusters with ids from 7 to 40"
+    (tmp_path / "b.csv").write_text("labels, predictions\n3.0,b\n10.0,a a\n3.0,b\n")    # floats as of pandas
+    y, p, _, class_names, cluster_names, remarks = read_predictions(tmp_path / "b.csv")
+    assert y.tolist() == [0, 1, 0] and p.tolist() == [1, 0, 1] and cluster_names == ["a a", "b"]
+    assert class_names == ["3", "10"] and remarks == ["2 classes with ids from 3 to 10"]
+    np.savez(tmp_path / "p.npz", label=[1, 0], probabilities=[[0.1, 0.2, 0.7], [0.8, 0.1, 0.1]])
+    y, p, probabilities, _, cluster_names, remarks = read_predictions(tmp_path / "p.npz")
+    assert p.tolist() == [2, 0] and probabilities.shape == (2, 3)
+    assert cluster_names == [0, 1, 2] and not remarks
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "label,guess\n1,2\n", "no column 'predictions' .there are: label, guess"),
+    ("a.csv", "truth,prediction\n1,2\n", "no column 'labels' .there are: truth, prediction"),
+    ("a.csv", "label,prediction\n1,2\n,3\n", "column 'labels' has gaps"),
+    ("a.csv", "label,prediction\n1,2\n0,nan\n", "column 'predictions' has gaps"),
+    ("a.csv", "label,prediction\n1,0.5\n0,1\n", "column 'predictions' has gaps, or no integers"),
+    ("a.csv", "label,prediction\n-1,2\n0,1\n", "column 'labels' has -1"),
+    ("a.csv", "label,prediction\n", "column 'labels' is empty"),
+    ("a.csv", "label,prediction\n1,2\n3\n", "cannot be read"), ("a.csv", "", "no column 'labels'"),
+    ("a.npz", "not a zip", "cannot be read"), ("a.txt", "label,prediction\n1,2\n", "expected a .csv or .npz"),
+    ("a.npz", dict(labels=[0, 1], predictions=[0, 1, 1]), "2 labels, but 3 predictions"),
+    ("a.npz", dict(labels=[[0, 1]], predictions=[0, 1]), "column 'labels' is empty or not one-dimensional"),
+    ("a.npz", dict(labels=[0, 1], probabilities=[[0.1, 0.9]]), "2 labels, but 1 "),
+    ("a.npz", dict(labels=np.array(["a", None]), predictions=[0, 1]), "cannot be read"),
+    ("a.npz", dict(predictions=[0, 1]), "no column 'labels'")])
+def test_wrong_predictions_are_refused_by_name(tmp_path, capsys, name, content, message):
+    path, sound = tmp_path / name, tmp_path / "sound.csv"
+    sound.write_text("label,prediction\n1,2\n0,1\n")
+    assert start("--predictions", sound, "--output-dir", tmp_path / "sound") == 0
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(UserError, match=f"--predictions .*{name}: .*{message}"):
+        read_predictions(path)
+    capsys.readouterr()
+    assert start("--predictions", path, "--output-dir", tmp_path / "out") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_command_with_predictions(tmp_path, capsys):
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 5, 300)
+    predictions = np.where(rng.random(300) < 0.7, 10 * labels, 10 * rng.integers(0, 5, 300))
+    predictions[:30] = -1
+    np.savez(tmp_path / "a.npz", labels=np.array(list("abcde"))[labels], predictions=predictions)
+    assert start("--predictions", tmp_path / "a.npz", "--output-dir", tmp_path / "out") == 0
+    metrics, out = json.loads((tmp_path / "out/metrics.json").read_text()), capsys.readouterr().out
+    assert metrics["ari"] == pytest.approx(sk.adjusted_rand_score(labels, predictions), abs=1e-12)
+    assert metrics["acc"] == np.mean(predictions == 10 * labels) and metrics["class_names"] == list("abcde")
+    classes = {row["cluster"]: row["class"] for row in metrics["clusters"]}
+    assert classes == {0: "a", 10: "b", 20: "c", 30: "d", 40: "e"}
+    assert "30 predictions (10.0%) are negative" in out and "cluster 40 → e   purity" in out
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["confusion_matrix.png", "metrics.json"]
+
+
 # ---------------------------------------------------------------- words and pictures
 NAMES = ["cat", "dog", "a class with quite a long name"]
 LABELS, PREDICTIONS = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 3, 3, 3, 3, 1])
@@ -240,12 +365,40 @@ def test_captions_do_not_overlap(tmp_path, monkeypatch):
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
     row = {"size": 12_345, "class": "Staffordshire terrier", "majority": "miniature schnauzer", "purity": 1.0}
     rows = [row | {"cluster": 4000 + i} for i in range(6)]
+    rows[3]["class"] = "one of those whose name is longer than any other that anybody has seen yet"
     images = torch.zeros(9, 1, 28, 28, dtype=torch.uint8)
     draw_contact_sheet(tmp_path / "sheet.png", images, np.zeros(9), np.zeros(9), rows)
     drawn[0].draw_without_rendering()
     boxes = [ax._left_title.get_window_extent() for ax in drawn[0].axes]
     strips = [ax.images[0].get_window_extent() for ax in drawn[0].axes]
     assert boxes[0].x1 < boxes[1].x0 and boxes[0].y0 >= strips[0].y1 and boxes[2].y1 < strips[0].y0
+
+
+def test_top3_names_are_whole_and_do_not_overlap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    names = ["shoe", "soft-coated wheaten terrier", "American Staffordshire terrier", "cluster 3"]
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), 20)
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    truth = [names[i % 3] for i in range(20)]
+    draw_top3(tmp_path / "top3.png", images, probabilities, np.arange(3, 17), names, truth)
+    drawn[0].draw_without_rendering()
+    pictures, bars = drawn[0].axes[0::2], drawn[0].axes[1::2]
+    assert len(pictures) == len(bars) == 14
+    for i, picture, bar in zip(range(3, 17), pictures, bars, strict=True):
+        assert np.array_equal(picture.images[0].get_array()[..., 2], images[i, 0])
+        best = probabilities[i].argsort()[::-1][:3]
+        assert [text.get_text() for text in bar.texts[0::2]] == [names[k] for k in best]
+        assert [text.get_text() for text in bar.texts[1::2]] == [f"{probabilities[i, k]:.3f}" for k in best]
+        assert [b.get_width() for b in bar.patches] == probabilities[i, best].tolist()
+        assert bar.get_xlabel() == f"{'✓' if names[best[0]] == truth[i] else '✗'} truth: {truth[i]}"
+    things = sum(([*bar.texts, bar.xaxis.label] for bar in bars), [picture.images[0] for picture in pictures])
+    boxes = [thing.get_window_extent() for thing in things]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.shrunk(0.99, 0.99).overlaps(b)
+    whole = drawn[0].bbox
+    assert all(box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 for box in boxes)
 
 
 def test_pictures_are_written(tmp_path):
@@ -298,6 +451,72 @@ def test_command(checkpoint, tmp_path, capsys):
     assert f"ACC {metrics['acc']:.4f}" in out and caption(metrics["clusters"][0]) in out
 
 
+def test_batch_norms_are_estimated_anew():
+    torch.manual_seed(0)
+    network = build_twist(CONFIG | {"bunch_size": 8})
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    batches = [torch.randn(40, 3, 16, 16) + 1, 2 * torch.randn(40, 3, 16, 16)]
+    reestimate_batch_norms(network, batches)
+    after = network.state_dict()
+    first = [batch.mean((0, 2, 3)) for batch in map(network.backbone.conv1, batches)]
+    torch.testing.assert_close(after["backbone.bn1.running_mean"], sum(first) / 2)    # of all batches alike
+    first = [network.backbone.conv1(batch).var((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(after["backbone.bn1.running_var"], sum(first) / 2)
+    for name in before:
+        assert before[name].equal(after[name]) != ("running" in name or "tracked" in name), name
+    other = build_twist(CONFIG | {"bunch_size": 8})
+    other.load_state_dict(before)
+    for each in (network, other):                 # whatever statistics there were before are forgotten
+        reestimate_batch_norms(each, batches[:1])
+    for name, value in other.state_dict().items():
+        assert value.equal(network.state_dict()[name]) or "tracked" in name, name
+    assert network.projection_heads.norm.bunch_size == 8 and network.projection_heads.norm.momentum == 0.1
+
+
+def test_silhouette_and_batch_norms_in_the_command(checkpoint, tmp_path, capsys):
+    assert start("--checkpoint", checkpoint, "--output-dir", tmp_path / "a") == 0
+    assert start("--checkpoint", checkpoint, "--output-dir", tmp_path / "b", "--silhouette",
+                 "--bn-images", 300, "--batch-size", 100) == 0
+    out = capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    line = f"silhouette {b['silhouette']:.4f} (cosine distance of backbone features)"
+    assert "silhouette" not in a and line in out and a["nmi"] != b["nmi"]
+    assert "batch-norm statistics are those of 300 training images" in out
+
+
+def test_map_from_another_split(checkpoint, tmp_path, capsys):
+    assert start("--checkpoint", checkpoint, "--output-dir", tmp_path / "train", "--split", "train") == 0
+    source = tmp_path / "train/metrics.json"
+    assert start("--checkpoint", checkpoint, "--output-dir", tmp_path / "test", "--map-from", source) == 0
+    train, test = (json.loads((tmp_path / split / "metrics.json").read_text()) for split in ("train", "test"))
+    rows = list(csv.DictReader(open(tmp_path / "test/assignments.csv", newline="")))
+    mapping = train["mapping"]
+    assert test["mapping"] == mapping and train["num_images"] == 512 and test["num_images"] == 256
+    assert [int(row["mapped_label"]) for row in rows] == [mapping[int(row["prediction"])] for row in rows]
+    assert test["acc"] == np.mean([row["mapped_label"] == row["label"] for row in rows])
+    assert f"named by the mapping of {source}" in capsys.readouterr().out
+    for text, message in (("{}", "not the metrics.json"), ("no json", "not the metrics.json"),
+                          (json.dumps(train | {"mapping": [0, 1]}), "maps 2 clusters, the network has 14"),
+                          (json.dumps(train | {"class_names": list("abcdefghij")}), "classes are others")):
+        (tmp_path / "bad.json").write_text(text)
+        assert start("--checkpoint", checkpoint, "--output-dir", tmp_path / "no", "--map-from",
+                     tmp_path / "bad.json") == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "no").exists()
+
+
+def test_many_clusters_take_several_sheets(tmp_path):
+    config = CONFIG | {"num_classes": 100}
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "c.pth", {"model": build_twist(config).state_dict(), "config": config})
+    command = ("--checkpoint", tmp_path / "c.pth", "--output-dir", tmp_path / "out")
+    assert start(*command, "--bn-images", 512) == 0
+    used = json.loads((tmp_path / "out/metrics.json").read_text())["num_clusters_used"]
+    assert used > 40 and (tmp_path / "out/contact_sheet_2.png").exists()
+    assert start(*command, "--contact-sheets", 1) == 0
+    assert [path.name for path in (tmp_path / "out").glob("contact*")] == ["contact_sheet.png"]
+
+
 def test_batch_size_changes_nothing(checkpoint, tmp_path):
     """Evaluation mode: batch statistics would make an image's cluster depend on its neighbours."""
     for size in (7, 256):
@@ -344,6 +563,12 @@ def test_bad_command_is_one_line(checkpoint, tmp_path, capsys):
         (["--checkpoint", other], "other.pth"),
         (["--checkpoint", nan], "nan.pth"),
         (["--checkpoint", checkpoint, "--data", "nothing"], "nothing"),
+        ([], "--checkpoint or --predictions"),
+        (["--checkpoint", checkpoint, "--predictions", "a.csv"], "--checkpoint or --predictions"),
+        (["--predictions", tmp_path / "none.csv"], "none.csv"),
+        (["--predictions", "a.csv", "--silhouette"], "--silhouette: needs a --checkpoint"),
+        (["--checkpoint", checkpoint, "--bn-images", 1], "--bn-images 1"),
+        (["--checkpoint", checkpoint, "--contact-sheets", -1], "--contact-sheets -1"),
         (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size 0"),
         (["--checkpoint", checkpoint, "--images-per-cluster", 0], "--images-per-cluster 0"),
         (["--checkpoint", checkpoint, "--output-dir", checkpoint.parent], "--output-dir"),

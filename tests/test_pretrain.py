@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 import checkpoint
 import pretrain
@@ -229,3 +231,94 @@ def test_two_runs_in_one_folder(tmp_path):
     assert "another run is using this folder" in err
     first.kill()
     first.communicate()
+
+
+# ---------------------------------------------------------------- people's own pictures
+ON_FILES = ("--views multicrop --image-size 32 --num-local 2 --batch-size 16 --epochs 3 --hidden-dim 32 "
+            "--num-classes 4")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """64 training and 16 validation photographs of two classes, a list of them, and what is not sound."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, number in (("train", 32), ("val", 8)):
+        for name in ("china", "flower"):
+            photograph = Image.fromarray(load_sample_image(f"{name}.jpg"))
+            rng = random.Random(f"{split}{name}")
+            for i in range(number):
+                x, y, s = rng.randrange(500), rng.randrange(300), rng.randrange(40, 100)
+                path = root / "sound" / split / name / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                photograph.crop((x, y, x + s, y + s + 10)).save(path)
+    names = sorted(str(path.relative_to(root)) for path in (root / "sound/train").rglob("*.jpg"))
+    (root / "list.txt").write_text("\n".join(names))
+    (root / "gap.txt").write_text("\n".join([*names, "sound/train/dog.jpg"]))
+    for folder in ("empty", "notes", "broken"):
+        (root / folder).mkdir()
+    (root / "notes" / "a.txt").write_text("no picture")
+    for i, name in enumerate(names[:32]):
+        content = (root / name).read_bytes()
+        (root / "broken" / f"{i}.jpg").write_bytes(content[:300] if i == 20 else content)
+    return root
+
+
+def test_pictures_from_files_killed_and_resumed(pictures, tmp_path):
+    """In mid-epoch, then with other workers: bit for bit the weights of the undisturbed run."""
+    command = f"pretrain.py --data {pictures}/sound {ON_FILES} --print-every 1"
+    out, _ = run(f"{command} --workers 0 --output-dir {tmp_path}/straight")
+    assert "64 images; 12 steps of 16 × 4 views" in out and "20-NN" in out
+    process = start(f"{command} --workers 1 --save-every 1 --output-dir {tmp_path}/killed")
+    wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
+    process.kill()
+    process.communicate()
+    step = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)["step"]
+    assert 2 <= step < 12
+    run(f"{command} --workers 3 --save-every 1 --output-dir {tmp_path}/killed")
+    assert {"resumed_from": step} in log_lines(tmp_path / "killed")
+    assert_same_weights(tmp_path / "straight", tmp_path / "killed")
+
+    checkpoint = f"--checkpoint {tmp_path}/straight/checkpoint.pth"
+    run(f"cluster_eval.py {checkpoint} --output-dir {tmp_path}/classes --silhouette --bn-images 64")
+    metrics = json.loads((tmp_path / "classes/metrics.json").read_text())
+    assert metrics["class_names"] == ["china", "flower"] and metrics["num_images"] == 16
+    assert metrics["acc_majority"] >= 0.75                     # blue and green are told apart by any network
+    assert "sound/val/china/0.jpg" in (tmp_path / "classes/assignments.csv").read_text()
+    for name in ("contact_sheet.png", "confusion_matrix.png", "top3.png"):
+        assert (tmp_path / "classes" / name).stat().st_size > 1000
+    out, _ = run(f"knn.py {checkpoint} --output-dir {tmp_path}/knn --k 5 --workers 1")
+    assert "16 test images against 64 training images" in out
+
+
+def test_pictures_without_labels(pictures, tmp_path):
+    """Trained on and clustered; what would need labels is left out by name."""
+    run(f"pretrain.py --data {pictures}/list.txt {ON_FILES} --epochs 1 --output-dir {tmp_path}/run")
+    assert not any("knn_monitor" in line for line in log_lines(tmp_path / "run"))
+    checkpoint = f"--checkpoint {tmp_path}/run/checkpoint.pth"
+    out, _ = run(f"cluster_eval.py {checkpoint} --output-dir {tmp_path}/classes")
+    assert "no labels: ACC, NMI, AMI, ARI, FMI, purity and the confusion matrix are left out" in out
+    metrics = json.loads((tmp_path / "classes/metrics.json").read_text())
+    assert not {"acc", "nmi", "ari"} & metrics.keys() and metrics["num_images"] == 64
+    assert {path.name for path in (tmp_path / "classes").iterdir()} == {
+        "assignments.csv", "contact_sheet.png", "metrics.json", "top3.png"}
+    _, err = run(f"knn.py {checkpoint} --output-dir {tmp_path}/knn", code=2)
+    assert "has no labels" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("data, names", [
+    ("sound", None), ("none", "'{root}/none' is neither a data set"), ("empty", "{root}/empty: no pictures"),
+    ("notes", "{root}/notes: no pictures"),
+    ("gap.txt", "{root}/gap.txt: line 65 names a missing file: {root}/sound/train/dog.jpg"),
+    ("broken --workers 0", "{root}/broken/20.jpg: not a readable picture"),
+    ("broken --workers 1", "{root}/broken/20.jpg: not a readable picture")])
+def test_bad_data_is_one_line_and_code_2(pictures, data, names, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    command = f"{ON_FILES} --epochs 1 --workers 0 --output-dir {tmp_path}/out --data {pictures}/{data}"
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.run(pretrain.main, pretrain.get_parser(), shlex.split(command))
+    err = capsys.readouterr().err
+    if names is None:
+        assert not stop.value.code and (tmp_path / "out/metrics.json").exists()
+    else:
+        assert stop.value.code == 2 and err.count("\n") == 1 and names.format(root=pictures) in err, err
+        assert not (tmp_path / "out/checkpoint.pth").exists()
