@@ -189,6 +189,12 @@ def load_twist(path):
     return network, state["config"]
 
 
+def load_pretrained(path, arch=None, small_images=False):
+    """(backbone, configuration for data.input_of) of a checkpoint file, for stages that start from one."""
+    network, config = load_twist(path)
+    return network.backbone, config
+
+
 def load_last_checkpoint(out):
     """The newest readable checkpoint of a run's folder, or None if it has none."""
     paths = [path for path in (out / "checkpoint.pth", out / "checkpoint.prev.pth") if path.exists()]

@@ -236,18 +236,22 @@ class Batches(torch.utils.data.Dataset):
         self.mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._epoch = None
 
-    def __getitem__(self, step):
+    def indices(self, step):
+        """Which images of the data set this process has in step t: int64 [B]."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.dataset))
             self._epoch = epoch
-        indices = self._order[place * self.batch_size:][:self.batch_size][self.mine]
+        return torch.from_numpy(self._order[place * self.batch_size:][:self.batch_size][self.mine])
+
+    def __getitem__(self, step):
+        indices = self.indices(step)
         rng = np.random.default_rng([self.seed, 2, step])
         uniforms = rng.random((len(self.views), self.batch_size, UNIFORMS), dtype=np.float32)[:, self.mine]
         uniforms = torch.from_numpy(uniforms)
         if self.dataset.images is None:
             return self.views.crop([self.dataset[i] for i in indices], uniforms), uniforms
-        return self.dataset.images[torch.from_numpy(indices)], uniforms
+        return self.dataset.images[indices], uniforms
 
 
 def num_workers(wanted, dataset, world_size=1):
