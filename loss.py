@@ -73,22 +73,118 @@ def twist_loss(logits, alpha=1.0, beta=1.0, eps=1e-5, num_global=2, riders=None)
         cross = (p_global * (log_p_global + log_p_local) + p_local * log_p_global).sum() - own[:G].sum()
         sharpness_local = -weight @ own.mean(1)
         consistency_local = -cross / (2 * num_pairs * B) - sharpness_local
-        m_local = p.mean(1)                                                          # [V, C]
+        return _joined(p.mean(1), consistency_local, sharpness_local, weight, alpha, beta, eps, riders)
 
-        # One collective for all: the batch means, the two per-image terms (values only) and the riders.
-        rides = z.new_zeros(0) if riders is None else riders.to(z)
-        packed = torch.cat([m_local.flatten(), torch.stack([consistency_local, sharpness_local]), rides])
-        m_global, terms, rides = _global_mean(packed).split([V * C, 2, len(rides)])
-        if riders is not None:
-            riders.copy_(rides)
 
-        # Value of the global batch, gradient of the local term: DDP's average then is the global gradient.
-        # Reducing m itself inside autograd would count every process's gradient W times.
-        consistency = consistency_local + (terms[0] - consistency_local).detach()
-        sharpness = sharpness_local + (terms[1] - sharpness_local).detach()
-        m = m_local + (m_global.view(V, C) - m_local).detach()
-        # xlogy has an infinite slope at 0 and would turn unused classes into NaN gradients.
-        log_m = torch.log(m + eps) if eps > 0 else torch.log(m.clamp_min(torch.finfo(m.dtype).tiny))
-        diversity = -weight @ (m * log_m).sum(-1)
-        total = consistency + alpha * sharpness - beta * diversity
+def momentum_twist_loss(teacher_logits, logits, alpha=1.0, beta=1.0, eps=1e-5, riders=None):
+    """TWIST's objective with a momentum encoder: KL(teacher's view || student's view), one way, in nats.
+
+    Consistency is the mean over each global view t of the teacher and each other view s of the student;
+    sharpness and diversity are plain means over all V views of the student. As in the published code; the
+    paper only names it.
+
+    teacher_logits: [G, B, C] of the global views, which come first among the student's; they get no gradient.
+    logits: [V, B, C]. The rest as for twist_loss. Raises ValueError for other shapes.
+    """
+    if logits.dim() != 3 or teacher_logits.dim() != 3 or logits.shape[1:] != teacher_logits.shape[1:] or not (
+            1 <= len(teacher_logits) <= len(logits) >= 2):
+        raise ValueError(f"logits: expected [V >= 2, B, C] and a teacher's [G <= V, B, C], got "
+                         f"{list(logits.shape)} and {list(teacher_logits.shape)}")
+    V, B, G = len(logits), logits.shape[1], len(teacher_logits)
+
+    with torch.autocast(logits.device.type, enabled=False):
+        z, t = _raise_precision(logits), _raise_precision(teacher_logits.detach())
+        p, q = F.softmax(z, dim=-1), F.softmax(t, dim=-1)                            # student's, teacher's
+        log_p, log_q = (torch.log(x + eps) if eps > 0 else F.log_softmax(y, dim=-1)
+                        for x, y in ((p, z), (q, t)))
+        # sum over t and s != t of q_t·(log q_t - log p_s), again by sums over views
+        own = (q * log_q).sum(-1).sum()
+        cross = (q.sum(0) * log_p.sum(0)).sum() - (q * log_p[:G]).sum()
+        consistency_local = ((V - 1) * own - cross) / (G * (V - 1) * B)
+        sharpness_local = -(p * log_p).sum(-1).mean()
+        weight = z.new_full((V,), 1 / V)
+        return _joined(p.mean(1), consistency_local, sharpness_local, weight, alpha, beta, eps, riders)
+
+
+def _joined(m_local, consistency_local, sharpness_local, weight, alpha, beta, eps, riders):
+    """The loss of the global batch from this process's batch means m [V, C] and per-image terms.
+
+    weight: [V], of the views in the diversity. One collective takes the batch means, the two per-image terms
+    (values only) and the riders.
+    """
+    V, C = m_local.shape
+    rides = m_local.new_zeros(0) if riders is None else riders.to(m_local)
+    packed = torch.cat([m_local.flatten(), torch.stack([consistency_local, sharpness_local]), rides])
+    m_global, terms, rides = _global_mean(packed).split([V * C, 2, len(rides)])
+    if riders is not None:
+        riders.copy_(rides)
+
+    # Value of the global batch, gradient of the local term: DDP's average then is the global gradient.
+    # Reducing m itself inside autograd would count every process's gradient W times.
+    consistency = consistency_local + (terms[0] - consistency_local).detach()
+    sharpness = sharpness_local + (terms[1] - sharpness_local).detach()
+    m = m_local + (m_global.view(V, C) - m_local).detach()
+    # xlogy has an infinite slope at 0 and would turn unused classes into NaN gradients.
+    log_m = torch.log(m + eps) if eps > 0 else torch.log(m.clamp_min(torch.finfo(m.dtype).tiny))
+    diversity = -weight @ (m * log_m).sum(-1)
+    total = consistency + alpha * sharpness - beta * diversity
     return TwistLoss(total, consistency, sharpness, diversity)
+
+
+class SelfLabelLoss(NamedTuple):
+    """total to differentiate (this process's); threshold of the confidence; fraction of images above it."""
+    total: Tensor
+    threshold: Tensor
+    fraction: Tensor
+
+
+def anchors(logits):
+    """For each image the more confident of two views [2, B, C]: (view [B], label [B], confidence [B])."""
+    confidence, label = _raise_precision(logits.detach()).softmax(-1).max(-1)        # [2, B]
+    confidence, view = confidence.max(0)                                             # of equals the first
+    return view, label.gather(0, view[None])[0], confidence
+
+
+def self_label_loss(logits, quantile, teacher_logits=None, riders=None):
+    """Self-labelling: of each confident image the more confident global view labels all its other views.
+
+        1 / (V - 1) sum over the V - 1 other views of the mean over confident images of CE(z_view, label)
+
+    An image's confidence is the largest probability in its two global views. Confident are, without ties,
+    the ⌊quantile · B⌋ images of the global batch that lie strictly above the next one, the threshold. (The
+    published code takes a threshold on each process by itself.)
+
+    logits: [V, B, C] after NBS, the first two views global. teacher_logits: [2, B, C] if a teacher's global
+    views give confidence and label. riders: optional [K] numbers, averaged as in twist_loss.
+    Under DDP the average of the processes' gradients is that of the global mean over confident images; where
+    there are none in all, the loss is 0 and `fraction` too, and the optimiser's step should be left out.
+    Raises ValueError if logits are not [V >= 2, B, C] or quantile is not in 0..1.
+    """
+    if logits.dim() != 3 or len(logits) < 2:
+        raise ValueError(f"logits: expected [V >= 2, B, C], got {list(logits.shape)}")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile: expected 0 to 1, got {quantile}")
+    V, B, C = logits.shape
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    with torch.autocast(logits.device.type, enabled=False):
+        z = _raise_precision(logits)
+        view, label, confidence = anchors(z[:2] if teacher_logits is None else teacher_logits[:2])
+        rides = confidence.new_zeros(0) if riders is None else riders.to(confidence)
+        packed = [torch.cat([confidence, rides])] * world_size
+        if world_size > 1:
+            packed = [torch.empty_like(packed[0]) for _ in packed]
+            dist.all_gather(packed, torch.cat([confidence, rides]))
+        everywhere = torch.stack([each[:B] for each in packed]).flatten()            # [W·B]
+        if riders is not None:
+            riders.copy_(torch.stack([each[B:] for each in packed]).mean(0))
+
+        ranked = everywhere.sort(descending=True).values
+        threshold = ranked[min(int(quantile * len(ranked)), len(ranked) - 1)]
+        number = (everywhere > threshold).sum()
+        cross_entropy = F.cross_entropy(z.flatten(0, 1), label.repeat(V), reduction="none").view(V, B)
+        others = torch.arange(V, device=z.device)[:, None] != view                   # [V, B]
+        chosen = others & (confidence > threshold)
+        # DDP divides the sum over processes by their number; an empty choice gives 0, not 0 / 0
+        total = torch.where(chosen, cross_entropy, 0).sum() / ((V - 1) * number.clamp_min(1) / world_size)
+    return SelfLabelLoss(total, threshold, number / len(everywhere))

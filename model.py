@@ -3,15 +3,18 @@
 Names and shapes of `Twist`'s state dict are those of the published network.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import StochasticDepth
 
 ARCHS = ("resnet8", "resnet8_2x2", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-         "resnet50w2", "resnet50w4", "resnet50w5")
+         "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b")
 
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
@@ -185,17 +188,105 @@ class ResNet(nn.Module):
         return F.adaptive_avg_pool2d(x, self.pool).flatten(1)                     # [B, feature_dim]
 
 
-def build_backbone(arch, small_images=False):
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens [B, N, dim]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # [B, heads, N, d]
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, drop_path):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(),
+                                             fc2=nn.Linear(4 * dim, dim)))
+        self.drop_path = StochasticDepth(drop_path, "row")     # an image skips the branch altogether
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision transformer with patches of 16 pixels, for images of any size; names are DINO's, and timm's.
+
+    Its feature is the class token after the last norm. Positions are learnt for 14 × 14 patches (224 pixels)
+    and interpolated for others. drop_path: probability to skip in the last block, from 0 in the first.
+    """
+
+    def __init__(self, dim, heads, depth=12, drop_path=0.0):
+        super().__init__()
+        self.feature_dim = dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 14 * 14, dim))
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, kernel_size=16, stride=16)
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        init_linears(self)
+
+    def positions(self, rows, columns):
+        """Position embeddings [1, 1 + rows · columns, dim]."""
+        if rows == columns == 14:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+        # a tenth of a patch more keeps the size from being rounded down, and shifts a bit: as published
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / 14, (columns + 0.1) / 14), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
+
+    def features(self, x, n_last_blocks=1, mean_of_patches=False):
+        """[B, n · dim]: the class tokens of the last n blocks, each after the last norm, side by side; with
+        mean_of_patches also the mean of the last block's patches. x: [B, 3, H, W]."""
+        x = self.patch_embed.proj(x)                                              # [B, dim, rows, columns]
+        positions = self.positions(*x.shape[-2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + positions
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n_last_blocks:
+                outputs.append(self.norm(x)[:, 0])
+        if mean_of_patches:
+            outputs.append(self.norm(x)[:, 1:].mean(1))
+        return torch.cat(outputs, 1)
+
+    def forward(self, x):
+        return self.features(x)
+
+
+def init_linears(module):
+    """Truncated normal weights of standard deviation 0.02 and no bias, as of transformers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+def build_backbone(arch, small_images=False, drop_path=0.0):
     """A network that maps images [B, 3, H, W] to features [B, module.feature_dim].
 
     arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
     stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
     each of the widths 32, 64, 128 behind a 5×5 stem; resnet8_2x2 keeps 2 × 2 places of its last map, which
-    makes 512 features of 128. small_images: 3×3 stem without stride and max-pool.
-    Raises ValueError for an unknown arch.
+    makes 512 features of 128. vit_t, vit_s, vit_b: see ViT, drop_path is theirs. small_images: 3×3 stem
+    without stride and max-pool. Raises ValueError for an unknown arch, or small_images of a ViT.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
+    if arch.startswith("vit"):
+        if small_images:
+            raise ValueError(f"small images: {arch} has patches of 16 pixels and no stem to change")
+        heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch]
+        return ViT(64 * heads, heads, drop_path=drop_path)
     if arch.startswith("resnet8"):
         backbone = ResNet(BasicBlock, [1, 1, 1], [32, 64, 128], stem_width=32, stem_kernel=5, max_pool=False,
                           pool=2 if arch == "resnet8_2x2" else 1)
@@ -217,15 +308,18 @@ def build_backbone(arch, small_images=False):
 
 # ---------------------------------------------------------------- TWIST
 class ProjectionHead(nn.Module):
-    """Linear-BN-ReLU twice, a last linear to C classes, then NBS: batch norm without affine parameters."""
+    """Linear-BN-ReLU twice, a last linear to C classes, then NBS: batch norm without affine parameters.
 
-    def __init__(self, feature_dim, hidden_dim, num_classes, bunch_size=None, nbs=True):
+    gelu: instead of ReLU, as published for ViTs.
+    """
+
+    def __init__(self, feature_dim, hidden_dim, num_classes, bunch_size=None, nbs=True, gelu=False):
         super().__init__()
+        act = nn.GELU() if gelu else nn.ReLU(inplace=True)
         # The published head has an unused dropout after each activation; its places in the numbering stay.
         self.projection_head = nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
-            nn.Identity(),
-            nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True))
+            nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), act, nn.Identity(),
+            nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), act)
         self.last_linear = nn.Linear(hidden_dim, num_classes)
         self.norm = BatchNorm(num_classes, affine=False, bunch_size=bunch_size) if nbs else None
 
@@ -238,15 +332,19 @@ class ProjectionHead(nn.Module):
 class Twist(nn.Module):
     """Backbone and head. bunch_size: images that share one NBS (None: the whole global batch).
 
+    The head behind a ViT has GELU and the ViT's initialisation, as in the published commands.
     Built while a process group of several processes is up, its batch norms are synchronised over all of them.
     """
 
     def __init__(self, arch, num_classes=4096, hidden_dim=4096, bunch_size=None, nbs=True,
-                 small_images=False):
+                 small_images=False, drop_path=0.0):
         super().__init__()
-        self.backbone = build_backbone(arch, small_images)
+        self.backbone = build_backbone(arch, small_images, drop_path)
+        vit = arch.startswith("vit")
         self.projection_heads = ProjectionHead(self.backbone.feature_dim, hidden_dim, num_classes, bunch_size,
-                                               nbs)
+                                               nbs, gelu=vit)
+        if vit:
+            init_linears(self.projection_heads)
         if dist.is_initialized() and dist.get_world_size() > 1:
             synchronize_batch_norms(self)
 

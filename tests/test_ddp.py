@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from loss import twist_loss
+from loss import momentum_twist_loss, self_label_loss, twist_loss
 from model import Twist
 
 # Few pixels: a ReLU whose input is within rounding of 0 may flip, and with many of them one does.
@@ -19,9 +19,20 @@ def network_and_views(dtype, crops, bunch_size):
     return model, [torch.randn(BATCH, 3, s, s, dtype=dtype) for s in SIZES[crops]]
 
 
-def one_process(dtype, crops, bunch_size):
+def loss_of(kind, logits, views, riders=None):
+    """One of the objectives; the teacher's logits are some function of each image."""
+    teacher = torch.stack([10 * view.flatten(1)[:, :logits.shape[-1]] for view in views[:2]])
+    if kind == "twist":
+        return twist_loss(logits, 0.4, 1.2, riders=riders)
+    if kind == "momentum":
+        return momentum_twist_loss(teacher, logits, 0.4, 1.2, riders=riders)
+    # few images: with 4 processes one has none of them
+    return self_label_loss(logits, 0.13, teacher if kind == "self-label, teacher" else None, riders=riders)
+
+
+def one_process(dtype, crops, bunch_size, kind):
     model, views = network_and_views(dtype, crops, bunch_size)
-    loss = twist_loss(model(views), 0.4, 1.2)
+    loss = loss_of(kind, model(views), views)
     loss.total.backward()
     state = {name: t for name, t in model.state_dict().items() if "running" in name}
     return [v.detach() for v in loss], {n: p.grad for n, p in model.named_parameters()}, state
@@ -30,16 +41,21 @@ def one_process(dtype, crops, bunch_size):
 def worker(rank, world_size, store, cases):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
-    reduce, calls = dist.all_reduce, []
+    calls, collectives = [], ("all_reduce", "all_gather")
     for case in cases:
-        model, views = network_and_views(*case)
+        *what, kind = case
+        model, views = network_and_views(*what)
         ddp = DistributedDataParallel(model)
         mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-        logits = ddp([view[mine] for view in views])
+        views = [view[mine] for view in views]
+        logits = ddp(views)
         riders = torch.tensor([float(rank == 1), 0.0])
-        dist.all_reduce = lambda *args, **kwargs: (calls.append(1), reduce(*args, **kwargs))
-        loss = twist_loss(logits, 0.4, 1.2, riders=riders)
-        dist.all_reduce = reduce
+        real = [getattr(dist, name) for name in collectives]
+        for name, call in zip(collectives, real, strict=True):
+            setattr(dist, name, lambda *args, call=call: (calls.append(1), call(*args)))
+        loss = loss_of(kind, logits, views, riders)
+        for name, call in zip(collectives, real, strict=True):
+            setattr(dist, name, call)
         assert len(calls) == 1, "the loss needs one collective"
         calls.clear()
         assert riders[0] > 0 and riders[1] == 0, "a wish of one process is heard by all"
@@ -47,6 +63,15 @@ def worker(rank, world_size, store, cases):
 
         values, grads, state = one_process_beside(case)
         tolerance = 1e-10 if case[0] == torch.float64 else 1e-4
+        if kind.startswith("self"):          # its total is each process's own: their mean is the global one
+            chosen = float(loss.total > 0)
+            loss = loss._replace(total=loss.total.detach().clone())
+            dist.all_reduce(loss.total)
+            loss.total.div_(world_size)
+            if world_size == 4:
+                empty = torch.tensor(1 - chosen)
+                dist.all_reduce(empty)
+                assert empty > 0, "no process without a confident image: not what is to be tested"
         for value, expected, name in zip(loss, values, loss._fields, strict=True):
             assert abs(value - expected) <= tolerance * max(1, abs(expected)), (case, name, value, expected)
         largest = max(g.abs().max() for g in grads.values())
@@ -72,6 +97,8 @@ def one_process_beside(case):
 def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     images = BATCH // world_size
     bunches = [None, images, images // 2] + ([2 * images] if world_size == 4 else [])
-    cases = [(dtype, crops, bunch) for dtype in (torch.float64, torch.float32) for crops in SIZES
+    cases = [(dtype, crops, bunch, "twist") for dtype in (torch.float64, torch.float32) for crops in SIZES
              for bunch in bunches]
+    cases += [(dtype, "multi-crop", None, kind) for dtype in (torch.float64, torch.float32)
+              for kind in ("momentum", "self-label", "self-label, teacher")]
     mp.spawn(worker, (world_size, tmp_path / "store", cases), nprocs=world_size)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loss import twist_loss
+from loss import anchors, momentum_twist_loss, self_label_loss, twist_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -124,3 +124,87 @@ def test_riders_come_back_and_wrong_shapes_are_named():
             twist_loss(torch.zeros(shape))
     with pytest.raises(ValueError, match="num_global"):
         twist_loss(torch.zeros(2, 3, 4), num_global=3)
+
+
+# ---------------------------------------------------------------- with a momentum encoder
+def test_momentum_values_and_gradients_are_the_published_ones():
+    g = np.load(GOLDEN / "momentum_twist_loss.npz")
+    logits, teacher = (torch.tensor(g[name], requires_grad=True) for name in ("logits", "teacher_logits"))
+    loss = momentum_twist_loss(teacher, logits, float(g["alpha"]), float(g["beta"]), float(g["eps"]))
+    loss.total.backward()
+    for name, value in loss._asdict().items():
+        np.testing.assert_allclose(value.item(), g[name], rtol=1e-5, err_msg=name)
+    assert np.abs(logits.grad.numpy() - g["grad"]).max() < 1e-5 * np.abs(g["grad"]).max()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("V, G", [(2, 2), (2, 1), (5, 2), (4, 4)])
+def test_momentum_consistency_is_the_sum_over_pairs(V, G):
+    torch.manual_seed(1)
+    z = torch.randn(V, 6, 9, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(G, 6, 9, dtype=torch.float64)
+    for eps in (1e-5, 0.0):
+        p, q = z.softmax(-1), t.softmax(-1)
+        pairs = [(q[i] * (torch.log(q[i] + eps) - torch.log(p[s] + eps))).sum(-1).mean()
+                 for i in range(G) for s in range(V) if s != i]
+        ours = momentum_twist_loss(t, z, 0.4, 1.3, eps)
+        torch.testing.assert_close(ours.consistency, torch.stack(pairs).mean(), rtol=1e-12, atol=1e-13)
+        assert torch.autograd.gradcheck(lambda z, eps=eps: momentum_twist_loss(t, z, 0.4, 1.3, eps).total, z)
+    huge = momentum_twist_loss(1e4 * t.float(), (1e4 * z).float(), eps=0)
+    assert all(value.isfinite() for value in huge)
+
+
+@pytest.mark.parametrize("teacher, logits", [
+    ((3, 4, 5), (2, 4, 5)), ((2, 4, 6), (2, 4, 5)), ((2, 4, 5), (1, 4, 5)), ((2, 4), (2, 4, 5)),
+    ((0, 4, 5), (2, 4, 5))])
+def test_momentum_bad_shapes_are_named(teacher, logits):
+    assert momentum_twist_loss(torch.zeros(2, 4, 5), torch.zeros(2, 4, 5)).total.isfinite()
+    with pytest.raises(ValueError, match="logits: expected"):
+        momentum_twist_loss(torch.zeros(teacher), torch.zeros(logits))
+
+
+# ---------------------------------------------------------------- self-labelling
+@pytest.mark.parametrize("name", ["self_label_loss", "self_label_loss_teacher"])
+def test_self_label_values_and_gradients_are_the_published_ones(name):
+    g = np.load(GOLDEN / f"{name}.npz")
+    logits = torch.tensor(g["logits"], requires_grad=True)
+    teacher = torch.tensor(g["teacher_logits"], requires_grad=True) if "teacher_logits" in g else None
+    loss = self_label_loss(logits, float(g["quantile"]), teacher)
+    loss.total.backward()
+    for key, value in loss._asdict().items():
+        np.testing.assert_allclose(value.item(), g[key], rtol=1e-5, err_msg=key)
+    assert np.abs(logits.grad.numpy() - g["grad"]).max() < 1e-5 * np.abs(g["grad"]).max()
+    assert teacher is None or teacher.grad is None
+
+
+def test_self_label_by_hand():
+    """Image 0 is labelled by view 1, image 1 by view 0; image 2 is not confident enough."""
+    z = torch.zeros(3, 3, 4, dtype=torch.float64)
+    z[1, 0, 2], z[0, 1, 3], z[0, 2, 1], z[2, 0, 2] = 5, 4, 1, 1
+    z.requires_grad_()
+    view, label, confidence = anchors(z[:2])
+    assert view.tolist() == [1, 0, 0] and label.tolist() == [2, 3, 1]
+    assert confidence.argsort().tolist() == [2, 1, 0]
+    loss = self_label_loss(z, 0.67)
+    expected = [-z[v, i].log_softmax(-1)[c] for v, i, c in ((0, 0, 2), (2, 0, 2), (1, 1, 3), (2, 1, 3))]
+    torch.testing.assert_close(loss.total, torch.stack(expected).mean())
+    assert loss.fraction == 2 / 3 and loss.threshold == confidence[2]
+    loss.total.backward()
+    assert z.grad[1, 0].abs().sum() == z.grad[0, 1].abs().sum() == z.grad[:, 2].abs().sum() == 0
+    assert z.grad[0, 0].abs().sum() > 0
+
+
+def test_self_label_chooses_nothing_without_confidence():
+    z = torch.zeros(4, 6, 5, requires_grad=True)               # all alike: none is strictly above another
+    loss = self_label_loss(z, 0.5)
+    loss.total.backward()
+    assert loss.total == 0 and loss.fraction == 0 and z.grad.abs().sum() == 0
+    torch.manual_seed(0)
+    z = torch.randn(2, 10, 5)
+    for quantile, number in ((0.0, 0), (0.5, 5), (0.55, 5), (0.99, 9), (1.0, 9)):
+        assert round(10 * self_label_loss(z, quantile).fraction.item()) == number
+    assert self_label_loss(1e4 * z, 0.5).total.isfinite()
+    with pytest.raises(ValueError, match="quantile: expected 0 to 1, got 1.5"):
+        self_label_loss(z, 1.5)
+    with pytest.raises(ValueError, match="logits: expected"):
+        self_label_loss(z[0], 0.5)

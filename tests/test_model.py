@@ -24,30 +24,37 @@ from optim import LARS, param_groups
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet50w2"])
+@pytest.mark.parametrize("arch", ["resnet50", "resnet50w2", "vit_t", "vit_s"])
 def test_backbone_computes_the_published_features(arch):
     golden = np.load(GOLDEN / f"backbone_{arch}.npz")
     backbone = build_backbone(arch).eval()
-    fill_backbone(backbone)
+    vit = arch.startswith("vit")
+    (fill(backbone.state_dict()) if vit else fill_backbone(backbone))
     with torch.inference_mode():
-        for size, batch in ((224, 1), (96, 2)):
+        if vit:
+            last4, expected = backbone.features(sine_images(2, 224), 4).numpy(), golden["last4_cls_224"]
+            assert last4.shape == expected.shape
+            assert np.abs(last4 - expected).max() < 1e-4 * np.abs(expected).max()
+        for size, batch in ((224, 2 if vit else 1), (96, 2)):
             expected = golden[f"features_{size}"]
             features = backbone(sine_images(batch, size)).numpy()
             assert features.shape == (batch, backbone.feature_dim)
             assert np.abs(features - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_projection_head_computes_the_published_logits():
-    golden = np.load(GOLDEN / "projection_head_resnet50.npz")
-    head = ProjectionHead(2048, hidden_dim=96, num_classes=64)
+@pytest.mark.parametrize("arch, feature_dim", [("resnet50", 2048), ("vit_s", 384)])
+def test_projection_head_computes_the_published_logits(arch, feature_dim):
+    golden = np.load(GOLDEN / f"projection_head_{arch}.npz")
+    head = ProjectionHead(feature_dim, hidden_dim=96, num_classes=64, gelu=arch == "vit_s")
     fill(head.state_dict())
     logits = head(torch.from_numpy(golden["features"])).detach().numpy()
     assert np.abs(logits - golden["logits"]).max() < 1e-4 * np.abs(golden["logits"]).max()
 
 
-def test_state_dict_has_the_published_names_and_shapes():
-    golden = json.loads((GOLDEN / "model_state_dict_resnet50.json").read_text())
-    state = Twist("resnet50", num_classes=64, hidden_dim=96).state_dict()
+@pytest.mark.parametrize("arch", ["resnet50", "vit_s"])
+def test_state_dict_has_the_published_names_and_shapes(arch):
+    golden = json.loads((GOLDEN / f"model_state_dict_{arch}.json").read_text())
+    state = Twist(arch, num_classes=64, hidden_dim=96).state_dict()
     assert {name: list(t.shape) for name, t in state.items()} == golden
 
 
@@ -165,3 +172,42 @@ def test_synchronising_keeps_names_and_values():
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- ViT
+def test_vit_takes_any_size_and_has_all_its_features():
+    torch.manual_seed(0)
+    vit = build_backbone("vit_t").eval()
+    with torch.inference_mode():
+        for height, width in ((224, 224), (96, 96), (64, 160), (100, 16)):
+            x = torch.randn(2, 3, height, width)
+            assert vit(x).shape == (2, 192) and vit.positions(height // 16, width // 16).isfinite().all()
+            both = vit.features(x, n_last_blocks=2, mean_of_patches=True)
+            assert both.shape == (2, 3 * 192)
+            torch.testing.assert_close(both[:, 192:384], vit(x))       # the last block's class token
+            torch.testing.assert_close(both[:, :384], vit.features(x, 2))
+        assert not torch.allclose(vit(x), vit(x.flip(-2))), "positions matter"
+    with pytest.raises(ValueError, match="small images: vit_t"):
+        build_backbone("vit_t", small_images=True)
+
+
+def test_drop_path_skips_whole_images_in_training_only():
+    torch.manual_seed(0)
+    vit, plain = build_backbone("vit_t", drop_path=0.5), build_backbone("vit_t")
+    plain.load_state_dict(vit.state_dict())
+    assert [round(block.drop_path.p * 22, 6) for block in vit.blocks] == list(range(12))
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.eval()(x), plain(x))
+        assert not torch.allclose(vit.train()(x), plain(x))
+        block = vit.blocks[11]                                 # by half its images, those that stay doubled
+        tokens = torch.randn(400, 3, 192)
+        skipped = (block.drop_path(tokens) == 0).flatten(1).all(1)
+        assert 140 < skipped.sum() < 260
+        torch.testing.assert_close(block.drop_path(tokens).abs().max(), 2 * tokens.abs().max())
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vit_t"])
+def test_build_twist_keeps_the_published_head(arch):
+    act = Twist(arch, num_classes=5, hidden_dim=8).projection_heads.projection_head[2]
+    assert isinstance(act, torch.nn.GELU if arch == "vit_t" else torch.nn.ReLU)

@@ -36,9 +36,10 @@ def test_lars_falls_back_to_plain_momentum_where_a_norm_is_zero(w, g):
     assert torch.equal(weight.detach(), torch.full((2, 2), w - 0.5 * g))
 
 
-def test_param_groups_are_the_published_ones():
-    golden = json.loads((GOLDEN / "param_groups_resnet50.json").read_text())
-    decayed, undecayed = param_groups(Twist("resnet50", num_classes=64, hidden_dim=96), weight_decay=1.5e-6)
+@pytest.mark.parametrize("arch", ["resnet50", "vit_s"])
+def test_param_groups_are_the_published_ones(arch):
+    golden = json.loads((GOLDEN / f"param_groups_{arch}.json").read_text())
+    decayed, undecayed = param_groups(Twist(arch, num_classes=64, hidden_dim=96), weight_decay=1.5e-6)
     assert sorted(decayed["names"]) == sorted(golden["decay"])
     assert sorted(undecayed["names"]) == sorted(golden["no_decay"])
     assert decayed["weight_decay"] == 1.5e-6 and undecayed["weight_decay"] == 0
