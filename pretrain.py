@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import UserError, open_log, open_output, run, save_checkpoint, write_atomically
 from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers
 from knn import extract_features, knn_predict
-from loss import twist_loss
+from loss import momentum_twist_loss, twist_loss
 from model import ARCHS, Twist, bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
 
@@ -48,6 +48,9 @@ def get_parser():
     add("--hidden-dim", type=int, default=512, help="width of the head's two hidden layers")
     add("--nbs", action=argparse.BooleanOptionalAction, default=True, help="batch norm before the softmax")
     add("--bunch-size", type=int, default=0, help="images that share one NBS; 0: the global batch")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of a ViT's last block, 0 to the first")
+    add("--ema", type=float, default=0.0, help="momentum of a momentum encoder, to 1 by a cosine; 0: none")
+    add("--export", default="teacher", choices=("teacher", "student"), help="whose backbone is backbone.pth")
     # loss
     add("--alpha", type=float, default=1.0, help="weight of sharpness")
     add("--beta", type=float, default=1.0, help="weight of diversity")
@@ -89,8 +92,8 @@ def get_parser():
 def check(args, dataset, world_size):
     """Refuses what cannot work, by name, before anything is written."""
     least = dict(epochs=1, num_classes=2, hidden_dim=1, batch_size=2, save_every=1, print_every=1, workers=-1,
-                 num_local=0, knn_every=0, bunch_size=0, image_size=0, local_size=0, eps=0, lr=0,
-                 warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
+                 num_local=0, knn_every=0, bunch_size=0, image_size=0, local_size=0, eps=0, lr=0, drop_path=0,
+                 ema=0, warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
@@ -98,6 +101,11 @@ def check(args, dataset, world_size):
         if values and (len(values) not in (1, 3) or not all(0 <= v < math.inf for v in values) or
                        (name == "std" and 0 in values)):
             raise UserError(f"--{name} {' '.join(map(str, values))}: one or three numbers, for 0 to 1 pixels")
+    for name in ("ema", "drop_path"):
+        if getattr(args, name) >= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
+    if args.arch.startswith("vit") and args.small_images:
+        raise UserError(f"--small-images: {args.arch} has patches of 16 pixels and no stem to change")
     if args.print_every > 50:
         raise UserError(f"--print-every {args.print_every}: at most 50; a wish to stop is heard as often")
     if args.batch_size % world_size:
@@ -151,9 +159,15 @@ def main(args):
         state = box[0]
 
     # ---------------------------------------------------------------- model
-    model = Twist(args.arch, args.num_classes, args.hidden_dim, args.bunch_size, args.nbs, args.small_images)
-    model.to(device, memory_format=torch.channels_last)
+    shape = (args.arch, args.num_classes, args.hidden_dim, args.bunch_size, args.nbs, args.small_images)
+    model = Twist(*shape, args.drop_path).to(device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model) if world_size > 1 else model
+    teacher = None
+    if args.ema > 0:             # without drop path, as DINO's; in training mode, so with its own statistics
+        teacher = Twist(*shape).to(device, memory_format=torch.channels_last).requires_grad_(False)
+        teacher.load_state_dict(model.state_dict())
+    watched_model = teacher if teacher is not None and args.export == "teacher" else model
+    torch.manual_seed(args.seed + rank)                         # noise inside the network: by process
 
     # ---------------------------------------------------------------- optimizer
     groups = param_groups(model, args.weight_decay)
@@ -170,10 +184,12 @@ def main(args):
     if state is not None:
         start_step = state["step"]
         model.load_state_dict(state["model"])
+        if teacher is not None:
+            teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world_size:                     # noise inside the network: by process
-            torch.set_rng_state(state["rng"][rank])
+        if len(state["rng"]) == world_size:
+            set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -195,7 +211,8 @@ def main(args):
         signal.signal(signum, lambda signum, frame: caught.append(signum))
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda"))
+        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        generator=torch.Generator()))                           # else it takes numbers from the network's noise
     watched = monitored(args) if rank == 0 and args.knn_every else None
     first_bad = torch.full((), -1, device=device)
     since, waited, last_step = time.time(), 0.0, start_step
@@ -221,7 +238,13 @@ def main(args):
         stop = torch.tensor([float(signum in caught) for signum in SIGNALS], device=device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp != "off"):
             logits = ddp(x)                                                       # [V, B, C]
-        loss = twist_loss(logits, args.alpha, args.beta, args.eps, riders=stop)
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = teacher(x[:2])                               # [2, B, C]
+        if teacher is None:
+            loss = twist_loss(logits, args.alpha, args.beta, args.eps, riders=stop)
+        else:
+            loss = momentum_twist_loss(teacher_logits, logits, args.alpha, args.beta, args.eps, riders=stop)
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
         if args.clip_norm > 0:
@@ -229,6 +252,10 @@ def main(args):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
         scaler.step(optimizer)
         scaler.update()
+        if teacher is not None:
+            keep = cosine(step, total_steps, args.ema, 1.0)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
         first_bad = torch.where((first_bad < 0) & ~loss.total.detach().isfinite(), step + 1, first_bad)
         if not (logging or saving):
             continue
@@ -251,21 +278,22 @@ def main(args):
                 images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
                 memory_mib=memory_mib(device))
             if watched and place == 0 and epoch % args.knn_every == 0:
-                entry["knn_monitor"] = monitor(model, watched, args, device)
+                entry["knn_monitor"] = monitor(watched_model, watched, args, device)
             if rank == 0:
                 write(log, entry)
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
                 print(progress_line(entry, total_steps, eta), flush=True)
             since, waited, last_step = time.time(), 0.0, step + 1
         if saving or stopped:
-            rng = [torch.get_rng_state()] * world_size
+            rng = [rng_state(device)] * world_size
             if world_size > 1:
-                dist.all_gather_object(rng, torch.get_rng_state())
+                dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
                 save_checkpoint(out / "checkpoint.pth", dict(
-                    model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    step=step + 1, epoch=epoch, stage="pretrain", rng=rng, config=vars(args)))
-                write_atomically(out / "backbone.pth", model.backbone.state_dict())
+                    model=model.state_dict(), teacher=teacher.state_dict() if teacher is not None else None,
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
+                    stage="pretrain", rng=rng, config=vars(args)))
+                write_atomically(out / "backbone.pth", watched_model.backbone.state_dict())
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -289,6 +317,17 @@ def finish(code=0):
         dist.barrier()
         dist.destroy_process_group()
     return code
+
+
+def rng_state(device):
+    """State of the generators that a network's noise comes from, a list of tensors."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_rng_state(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def write(log, entry):

@@ -1,6 +1,7 @@
 """The stages as a user runs them: by subprocess, alone and under torchrun, killed, resumed, misused."""
 
 import json
+import math
 import os
 import random
 import shlex
@@ -163,6 +164,36 @@ def test_multicrop_every_optimizer_and_ablation_trains(tmp_path):
         run(f"pretrain.py {SMALL} --epochs 1 --batch-size 128 {flags} --output-dir {tmp_path}/{i}")
         losses = [line["loss"] for line in log_lines(tmp_path / str(i)) if "loss" in line]
         assert all(abs(loss) < 100 for loss in losses)
+
+
+def test_momentum_encoder_and_drop_path_resume_exactly(tmp_path):
+    """A ViT with noise of its own, killed and resumed; and the teacher is the average that it should be."""
+    flags = ("--arch vit_t --num-local 1 --local-size 16 --ema 0.5 --drop-path 0.3 --alpha 0.4 --clip-norm 3 "
+             "--batch-size 128 --lr 0.001 --warmup-epochs 0 --epochs 2 --save-every 1 --knn-every 0")
+    run(f"pretrain.py {SMALL} {flags} --output-dir {tmp_path}/straight")
+    after, before = (torch.load(tmp_path / "straight" / name, weights_only=True)
+                     for name in ("checkpoint.pth", "checkpoint.prev.pth"))
+    assert (before["step"], after["step"]) == (7, 8)
+    keep = 1 + 0.5 * (0.5 - 1) * (1 + math.cos(math.pi * 7 / 8))                # at the eighth of eight steps
+    for name, value in after["teacher"].items():
+        expected = keep * before["teacher"][name] + (1 - keep) * after["model"][name]
+        if "running" not in name and value.dim():              # the statistics are the teacher's own
+            torch.testing.assert_close(value, expected, msg=name)
+    exported = torch.load(tmp_path / "straight" / "backbone.pth", weights_only=True)
+    same = {part: all(x.equal(after[part][f"backbone.{name}"]) for name, x in exported.items())
+            for part in ("model", "teacher")}
+    assert same == {"model": False, "teacher": True}
+
+    process = start(f"pretrain.py {SMALL} {flags} --export student --output-dir {tmp_path}/killed")
+    wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
+    process.kill()
+    process.communicate()
+    run(f"pretrain.py {SMALL} {flags} --export student --output-dir {tmp_path}/killed")
+    resumed = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)
+    for part in ("model", "teacher"):
+        assert all(value.equal(after[part][name]) for name, value in resumed[part].items()), part
+    exported = torch.load(tmp_path / "killed" / "backbone.pth", weights_only=True)
+    assert all(value.equal(after["model"][f"backbone.{name}"]) for name, value in exported.items())
 
 
 def test_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(tmp_path):
