@@ -212,7 +212,7 @@ def main(args):
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
         num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
-        generator=torch.Generator()))                           # else it takes numbers from the network's noise
+        generator=torch.Generator()))                           # else it takes from the network's noise
     watched = monitored(args) if rank == 0 and args.knn_every else None
     first_bad = torch.full((), -1, device=device)
     since, waited, last_step = time.time(), 0.0, start_step
