@@ -1,26 +1,30 @@
 """A run and its files: arguments, output folder and lock, atomic checkpoints, exact resume.
 
 What is written can be trusted: a file is complete or it is not there, and it is checked before it is read.
+Backbones are read from the files of other projects, too, with every name and shape accounted for.
 """
 
+import argparse
 import fcntl
 import json
 import os
 import re
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from model import build_twist
+from model import build_backbone, build_twist
 
 VERSION = 1
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_FLAGS = {"workers", "print_every", "device", "amp", "output_dir", "timeout", "resume", "overwrite",
               "data_dir", "local_rank"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl",
-             "metrics.json", "curves.png")
+             "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt")
 
 
 class UserError(Exception):
@@ -146,25 +150,74 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote. Raises UserError unless the file is whole.
+    """The dict that save_checkpoint wrote. Raises UserError unless the file is whole."""
+    state, verified = read_file(path)
+    if not verified:
+        raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short)")
+    if not is_ours(state):
+        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)")
+    return state
 
-    torch.load alone verifies no checksum: a flipped bit in a weight would load silently.
+
+def is_ours(content):
+    """Whether a file's content is a training checkpoint of this project."""
+    return isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("model", "config"))
+
+
+def load_twist(path):
+    """The network of a training run's checkpoint, the averaged one if it has one, and its configuration."""
+    state = load_checkpoint(path)
+    return _build_ours(state["config"], state.get("teacher", state["model"]), path), state["config"]
+
+
+def _build_ours(config, weights, path):
+    try:
+        network = build_twist(config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
+    problem = differences(network.state_dict(), weights)
+    if problem:
+        raise UserError(f"{path}: not a network of this project ({problem})")
+    network.load_state_dict(weights)
+    return network
+
+
+# ---------------------------------------------------------------- files of any project
+def read_file(path):
+    """(content, verified) of a file that torch.save wrote, by whatever project; tensors on the CPU.
+
+    Nothing in it is run: weights_only, and of foreign types argparse.Namespace alone (published TWIST, DINO
+    and MAE files hold their flags in one). torch.load verifies no checksum, a flipped bit in a weight would
+    load silently: those of a zip-format file are compared first. Files of torch before 1.6 have none; they
+    are read, but not `verified`. Raises UserError for everything that cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        _check_records(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        verified = _check_records(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in _tensors(content).items():   # a stride of 0 makes 10^12 weights of one number
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{name} claims more bytes than are stored")
     except Exception as error:   # whatever a damaged file makes zipfile or the unpickler raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)")
-    return state
+        foreign = _foreign_objects(path, error)
+        if foreign:
+            raise UserError(f"{path}: holds objects beside weights, which could run code and are not read: "
+                            f"{', '.join(foreign)}; save the state dict alone in the project that wrote "
+                            "it, by torch.save(model.state_dict(), FILE)") from None
+        said = re.findall(r"WeightsUnpickler error:\s*(.+)", str(error)) or str(error).strip().splitlines()
+        raise UserError(f"{path}: not a readable checkpoint "
+                        f"({said[0] if said else type(error).__name__})") from None
+    return content, verified
 
 
 def _check_records(path):
+    """True: a zip-format file whose checksums are right; False: another format. Raises ValueError."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":               # by these torch.load, too, tells the formats apart
+            return False
     if not zipfile.is_zipfile(path):
         raise ValueError("not a zip-format PyTorch file, or cut short")
     with zipfile.ZipFile(path) as archive:
@@ -176,23 +229,220 @@ def _check_records(path):
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"checksum of {damaged} is wrong")
+    return True
 
 
-def load_twist(path):
-    """The network of a pretrain.py checkpoint, every weight as saved, and that run's configuration."""
-    state = load_checkpoint(path)
+def _foreign_objects(path, error):
+    """Names of the types in a file that are not allowed; none where that is not what `error` is about."""
+    first = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if not first:
+        return []
     try:
-        network = build_twist(state["config"])
-        network.load_state_dict(state["model"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
-    return network, state["config"]
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:           # the old format: only the first is known
+        return [first[1]]
 
 
-def load_pretrained(path, arch=None, small_images=False):
-    """(backbone, configuration for data.input_of) of a checkpoint file, for stages that start from one."""
-    network, config = load_twist(path)
-    return network.backbone, config
+def _tensors(content):
+    """{dotted path: tensor} of nested dicts and lists, without torch.compile's `_orig_mod`."""
+    tensors, todo, seen = {}, [((), content)], set()
+    while todo:
+        path, part = todo.pop()
+        if isinstance(part, torch.Tensor):
+            tensors[".".join(path)] = part
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))                              # a pickle may hold itself
+            items = part.items() if isinstance(part, dict) else enumerate(part)
+            inner = [(path + tuple(w for w in str(k).split(".") if w != "_orig_mod"), v) for k, v in items]
+            todo += reversed(inner)
+    return tensors
+
+
+def differences(expected, found):
+    """What keeps the state dict `found` from being loaded into `expected`, in words; empty if nothing."""
+    problems = {"missing": [name for name in expected if name not in found],
+                "unexpected": [name for name in found if name not in expected],
+                "misshapen": []}
+    for name, tensor in expected.items():
+        value = found.get(name, tensor)
+        if not isinstance(value, torch.Tensor):
+            problems["misshapen"].append(f"{name} is no tensor")
+        elif value.shape != tensor.shape:
+            problems["misshapen"].append(f"{name} is {list(value.shape)}, not {list(tensor.shape)}")
+        elif value.is_floating_point() != tensor.is_floating_point():
+            problems["misshapen"].append(f"{name} is {value.dtype}, not {tensor.dtype}")
+    return "; ".join(f"{kind}: {_first(names, 3)}" for kind, names in problems.items() if names)
+
+
+def _first(names, count):
+    names = list(map(str, names))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+# How others spell the names of our backbones: (pattern, replacement), one after the other.
+SPELLINGS = (
+    (),                                                     # torchvision's, timm's, DINO's
+    ((r"^conv1", "0"), (r"^bn1", "1"),                      # lightly: Sequential(*torchvision's children)
+     (r"^layer(\d)", lambda m: str(int(m[1]) + 3))),
+    ((r"^conv1", "0"), (r"^bn1", "1"), ("downsample", "shortcut"),     # the same of lightly's own ResNets
+     (r"^layer(\d)", lambda m: str(int(m[1]) + 1))),
+    ((r"^norm\b", "ln1"), (r"^blocks", "layers"), (r"\bnorm([12])", r"ln\1"),        # OpenMMLab's ViT
+     (r"mlp\.fc1", "ffn.layers.0.0"), (r"mlp\.fc2", "ffn.layers.1"), (r"embed\.proj", "embed.projection")),
+)
+
+
+def _rank(place):
+    """Of several networks in one file the least is taken: the one that its project itself evaluates."""
+    if place.startswith("teacher"):
+        return 0                 # a dict beside the student's: the moving average of DINO, of TWIST, and ours
+    if "teacher_" in place:
+        return 2                 # the same as a module of the whole: lightly's DINO
+    if re.search("student|online", place):
+        return 3                 # what is left of SEED, whose teacher is another network
+    if re.search(r"teacher|momentum|target|encoder_k|(^|[._])ema([._]|$)", place):
+        return 4
+    return 1                     # backbone, encoder, encoder_q (MoCo), base_encoder (MoCo v3), or no name
+
+
+class Loaded(NamedTuple):
+    """Where the weights stood, how many tensors were loaded, what else the file and the backbone have."""
+    place: str                   # dotted path in the file before the backbone's names; empty: top level
+    others: list                 # places of other networks in the file that would have fitted, too
+    loaded: int
+    left_over: list              # names of all other tensors in the file
+    missing: list                # the backbone's names that keep their value
+    verified: bool               # whether the file has checksums
+
+
+def load_backbone(backbone, path, key=None, partial=False):
+    """Loads a backbone of build_backbone from a file of any project; says in a line what; returns a Loaded.
+
+    Wherever in the file's nested dicts the backbone's names stand together, behind one prefix (`module.`,
+    `state_dict` and `module.encoder_q.`, ...) and in one of SPELLINGS, with every shape and nothing else in
+    the same layers, is a network that fits. Of several the first by _rank is taken; key, its path or a word
+    of it (`student`), chooses another. num_batches_tracked may be missing throughout, as evaluation reads
+    none; they are reported. partial: of the place that has most, load what fits, and report the rest.
+    Raises UserError that names the tensors in the way, or networks between which nothing decides.
+    """
+    content, verified = read_file(path)
+    tensors = _tensors(content) if isinstance(content, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no state dict, but a {type(content).__name__} without named tensors")
+    expected = backbone.state_dict()
+    places = _places(expected, tensors, key)
+    if not places:
+        raise UserError(f"{path}: holds none of the network's names{f' under {key}' if key else ''}; it has "
+                        f"{_first(tensors, 3)}, the network {_first(expected, 3)}")
+    fitting = sorted((place for place in places if not place.problem),
+                     key=lambda place: (place.name != key, _rank(place.name), place.name.count(".")))
+    if not fitting and not partial:
+        raise UserError(f"{path}: is not this network ({places[0].problem}), looked for in "
+                        f"{places[0].name or 'its top level'}")
+    best, *others = fitting or places[:1]
+    for other in others:
+        if best.name != key and _rank(other.name) == _rank(best.name) and not all(
+                torch.equal(tensors[best.names[name]], tensors[other.names[name]])
+                for name in best.names.keys() & other.names.keys()):
+            raise UserError(f"{path}: holds several networks that fit, {best.name} and {other.name}; "
+                            "save the state dict of one of them alone")
+    if re.search("base_encoder|momentum_encoder", best.name) and len(expected.get("norm.weight", ())) == 384:
+        raise UserError(f"{path}: MoCo v3's ViT-S has 12 heads, vit_s 6: another network of these shapes")
+
+    backbone.load_state_dict(expected | {name: tensors[there] for name, there in best.names.items()})
+    used = set(best.names.values())
+    report = Loaded(best.name, [other.name for other in others], len(used),
+                    [name for name in tensors if name not in used],
+                    [name for name in expected if name not in best.names], verified)
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(report, path))
+    return report
+
+
+class _Place(NamedTuple):
+    name: str                    # dotted path before the backbone's names
+    names: dict                  # of the backbone's tensors that fit: our name -> name in the file
+    problem: str                 # why it is not the whole network; empty: it is
+
+
+def _places(expected, tensors, key):
+    """Where names of the state dict `expected` stand among `tensors`, most of them first."""
+    counters = [name for name in expected if name.endswith("num_batches_tracked")]
+    places = []
+    for spelling in SPELLINGS:
+        ours = {}                                           # their name -> our name
+        for name in expected:
+            spelled = name
+            for pattern, replacement in spelling:
+                spelled = re.sub(pattern, replacement, spelled)
+            ours[spelled] = name
+        if spelling and ours.keys() == expected.keys():     # does not concern this network
+            continue
+        layers = {name.split(".")[0] for name in ours}
+        counts = Counter()
+        for name in tensors:
+            words = name.split(".")
+            counts.update(".".join(words[:i]) for i in range(len(words)) if ".".join(words[i:]) in ours)
+        counts = {place: n for place, n in counts.items() if not key or f".{key}." in f".{place}."}
+        for place, count in counts.items():
+            if count < max(counts.values()) and count < len(expected) - len(counters):
+                continue                                    # a block within a network, whose names are alike
+            start = place + "." if place else ""
+            inside = {name[len(start):]: name for name in tensors if name.startswith(start)}
+            state = {ours.get(n, n): name for n, name in inside.items() if n.split(".")[0] in layers}
+            found = {name: tensors[there] for name, there in state.items()}
+            if not any(name in found for name in counters):
+                found.update((name, expected[name]) for name in counters)
+            names = {n: there for n, there in state.items()
+                     if n in expected and not differences({n: expected[n]}, {n: tensors[there]})}
+            places.append((count, _Place(place, names, differences(expected, found))))
+    return [place for _, place in sorted(places, key=lambda pair: -pair[0])]
+
+
+def describe(report, path):
+    """One line, or two, for a Loaded: what was loaded, chosen before what, and what was left over."""
+    def group(name):             # `state_dict.module.fc.0.weight` is counted under `state_dict.module.fc`
+        words, place = name.split("."), report.place.split(".")
+        same = next((i for i, (a, b) in enumerate(zip(words, place, strict=False)) if a != b), len(place))
+        return ".".join(words[:(same if report.place else 0) + 1])
+    line = f"{path}: {report.loaded} tensors loaded from {report.place or 'its top level'}"
+    if report.others:
+        line += f", rather than {', '.join(report.others)}"
+    groups = Counter(map(group, report.left_over))
+    line += "; left over: " + _first([f"{n} ({count})" for n, count in groups.items()] or ["nothing"], 8)
+    if report.missing:
+        line += f"; not in the file, kept as they were: {_first(report.missing, 3)}"
+    if not report.verified:
+        line += f"\nwarning: {path} is in PyTorch's old format, without checksums: damage would go unseen"
+    return line
+
+
+def load_pretrained(path, arch=None, small_images=False, key=None):
+    """(backbone, configuration for data.input_of) of a checkpoint file, for stages that start from one.
+
+    Of this project's training checkpoints the network of their own configuration: the averaged one
+    (`teacher`) where there is one, else, or with key "model", the trained one. Of other files, bare
+    backbones among them, build_backbone(arch, small_images) by load_backbone; their input is data.PICTURES.
+    """
+    content, _ = read_file(path)
+    if is_ours(content):
+        config = content["config"]
+        if arch is not None and arch != config.get("arch"):
+            raise UserError(f"--arch {arch}: {path} holds a {config.get('arch')}; leave --arch out")
+        name = key or ("teacher" if "teacher" in content else "model")
+        if name not in ("model", "teacher") or name not in content:
+            raise UserError(f"{path}: has no '{name}'")
+        return _build_ours(config, content[name], path).backbone, config
+    if arch is None:
+        raise UserError(f"--arch: {path} is no training checkpoint of this project and does not say which "
+                        "network it holds; name it by --arch")
+    try:
+        backbone = build_backbone(arch, small_images)
+    except ValueError as error:
+        raise UserError(f"--arch: {error}") from None
+    load_backbone(backbone, path, key)
+    return backbone, {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
 
 
 def load_last_checkpoint(out):

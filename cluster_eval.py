@@ -40,7 +40,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", help="checkpoint.pth of a pretrain.py run")
+    add("--checkpoint", help="checkpoint of a run; with --arch any project's backbone")
     add("--predictions", help="score this .csv or .npz with labels and predictions instead of a checkpoint")
     add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")

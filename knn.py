@@ -18,18 +18,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, load_twist, run, write_atomically
+from checkpoint import UserError, load_pretrained, run, write_atomically
 from data import build_dataset, eval_batches
+from model import ARCHS
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
+    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
     add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--output-dir", default="runs/knn", help="folder for all that is written")
+    add("--arch", choices=ARCHS, help="backbone")
+    add("--small-images", action="store_true", help="3×3 stem without stride and max-pool, for 32 pixels")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote")
     add("--temperature", type=float, default=0.07, help="T of the votes exp(similarity / T)")
     add("--batch-size", type=int, default=512, help="images in the GLOBAL batch")
@@ -107,9 +110,11 @@ def main(args):
     device = torch.device(best if args.device == "auto" else args.device)
     if device.type not in (best, "cpu"):
         raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
-    network, config = load_twist(args.checkpoint)
+    backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images)
     name, seed = args.data or config["data"], config["seed"]
-    backbone = network.backbone.to(device)
+    if name is None:
+        raise UserError(f"--data: {args.checkpoint} does not say which; name a data set, folder or list")
+    backbone.to(device)
 
     # ------------------------------------------------------------------ data
     train, test = (build_dataset(name, split, seed, args.data_dir) for split in ("train", "test"))

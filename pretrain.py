@@ -289,9 +289,10 @@ def main(args):
             if world_size > 1:
                 dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
+                averaged = {} if teacher is None else dict(teacher=teacher.state_dict())
                 save_checkpoint(out / "checkpoint.pth", dict(
-                    model=model.state_dict(), teacher=teacher.state_dict() if teacher is not None else None,
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
+                    model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
                     stage="pretrain", rng=rng, config=vars(args)))
                 write_atomically(out / "backbone.pth", watched_model.backbone.state_dict())
         if stopped:

@@ -46,7 +46,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint.pth of a pretrain.py run")
+    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
     add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--output-dir", default="runs/selflabel", help="folder for all that is written")
@@ -128,8 +128,8 @@ def main(args):
     # ---------------------------------------------------------------- data
     source = load_checkpoint(args.checkpoint)                   # of the first stage
     config = {**source["config"], **vars(args)}                 # shape and input of the network stay
-    for key in ("data", "image_size"):
-        config[key] = config[key] or source["config"].get(key)
+    config["data"] = args.data or source["config"]["data"]
+    config["image_size"] = args.image_size or source["config"].get("image_size")
     try:
         build_twist(config).load_state_dict(source["model"])
     except (KeyError, ValueError, RuntimeError) as error:
@@ -289,10 +289,11 @@ def main(args):
             if world_size > 1:
                 dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
+                averaged = {} if teacher is None else dict(teacher=teacher.state_dict())
                 save_checkpoint(out / "checkpoint.pth", dict(
-                    model=model.state_dict(), teacher=teacher.state_dict() if teacher is not None else None,
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
-                    left_out=left_out, stage="selflabel", rng=rng, config=config))
+                    model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(), step=step + 1, epoch=epoch, left_out=left_out,
+                    stage="selflabel", rng=rng, config=config))
                 write_atomically(out / "backbone.pth", exported.backbone.state_dict())
         if stopped:
             if rank == 0:

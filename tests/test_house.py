@@ -54,7 +54,7 @@ def test_every_flag_has_help_and_is_read(script):
 def test_every_stage_chooses_its_device_alike():
     block = r'    best = "cuda".*?would take {best}"\)\n'
     blocks = [re.search(block, (ROOT / script).read_text(), re.DOTALL)
-              for script in STAGES]
+              for script in STAGES if "--device" in flags_of(script)]
     assert all(blocks) and len({block[0] for block in blocks}) == 1
 
 
@@ -77,12 +77,6 @@ def test_readme_commands_parse():
 def test_readme_table_of_files_is_complete():
     named = set(re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE))
     assert named >= set(SCRIPTS) and all((ROOT / name).exists() for name in named)
-
-
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.txt")))
-def test_recipes_parse(recipe, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parse_args(parser_of("pretrain.py"), [f"@recipes/{recipe}"])
 
 
 def test_the_default_is_its_recipe(monkeypatch):

@@ -106,7 +106,8 @@ def test_without_a_confident_image_the_step_is_left_out(pretrained, tmp_path):
 @pytest.mark.parametrize("bad, names", [
     ("", None), ("--quantile 1", "--quantile 1"), ("--quantile-end -0.1", "--quantile-end"),
     ("--ema 1", "--ema 1"), ("--checkpoint nothing.pth", "nothing.pth"),
-    ("--checkpoint {other}", "other.pth"), ("--data nowhere", "nowhere"), ("--batch-size 1024", "1024"), ("--bunch-size 24", "bunch size 24"),
+    ("--checkpoint {other}", "other.pth"), ("--data nowhere", "nowhere"), ("--batch-size 1024", "1024"),
+    ("--bunch-size 24", "bunch size 24"),
     ("--num-local 2 --views moco", "num-local")])
 def test_bad_input_is_one_line_and_code_2(pretrained, bad, names, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
