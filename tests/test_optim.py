@@ -55,6 +55,14 @@ def test_schedules_are_the_published_ones():
     total = g["epochs"] * per_epoch
     ours = [cosine(t, total, g["weight_decay_per_step"][0], 0.12) for t in range(total)]
     np.testing.assert_allclose(ours, g["weight_decay_per_step"], rtol=1e-12)
+    ours = [cosine(t, pretrain, 0.996, 1.0) for t in range(pretrain)]             # of the momentum encoder
+    np.testing.assert_allclose(ours, g["momentum_per_step"], rtol=1e-12)
+    second, peak = total - pretrain, g["lr_self_label"]                           # self-labelling starts anew
+    ours = [warmup_cosine(t, second, g["self_label_warmup_epochs"] * per_epoch, peak, 0.001 * peak)
+            for t in range(second)]
+    np.testing.assert_allclose(ours, g["lr_per_step"][pretrain:], rtol=1e-12, atol=1e-15)
+    ours = [cosine(t, second, 0.5, 0.6) for t in range(second)]
+    np.testing.assert_allclose(ours, g["quantile_per_step"], rtol=1e-12)
 
 
 def test_warmup_starts_at_zero_and_reaches_peak_and_final():

@@ -45,8 +45,31 @@ def test_a_run_goes_on_from_the_first_stage(pretrained, labelled, tmp_path):
     before, after = weights(pretrained), weights(labelled)
     assert before.keys() == after.keys()
     assert not before["backbone.conv1.weight"].equal(after["backbone.conv1.weight"])
-    run(f"cluster_eval.py --checkpoint {labelled}/checkpoint.pth --output-dir {tmp_path}/classes")
-    assert json.loads((tmp_path / "classes/metrics.json").read_text())["num_images"] == 256
+    evaluate_by_every_stage(labelled / "checkpoint.pth", tmp_path)
+
+
+def evaluate_by_every_stage(path, out, launcher=""):
+    """The end of the chain: cluster_eval and knn in one process, lincls and semisup as `launcher` says."""
+    run(f"cluster_eval.py --checkpoint {path} --output-dir {out}/classes")
+    run(f"knn.py --checkpoint {path} --k 5 --output-dir {out}/knn")
+    run(f"{launcher} lincls.py --checkpoint {path} --cached --epochs 2 --batch-size 128 "
+        f"--output-dir {out}/lincls")
+    run(f"{launcher} semisup.py --checkpoint {path} --label-fraction 0.5 --epochs 2 --batch-size 64 "
+        f"--output-dir {out}/semisup")
+    for stage in ("classes", "knn", "lincls", "semisup"):
+        metrics = json.loads((out / stage / "metrics.json").read_text())
+        assert metrics.get("num_test", metrics.get("num_images")) == 256, stage
+    for stage in ("lincls", "semisup"):                        # what the stages write, cluster_eval reads
+        run(f"cluster_eval.py --predictions {out}/{stage}/predictions.csv --output-dir {out}/{stage}_scores")
+
+
+@pytest.mark.slow
+def test_the_chain_in_two_processes(tmp_path):
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --standalone"
+    run(f"{launcher} pretrain.py {SMALL} --output-dir {tmp_path}/one")
+    run(f"{launcher} selflabel.py --checkpoint {tmp_path}/one/checkpoint.pth {FLAGS} "
+        f"--output-dir {tmp_path}/two")
+    evaluate_by_every_stage(tmp_path / "two/checkpoint.pth", tmp_path, launcher)
 
 
 def test_killed_and_resumed(pretrained, labelled, tmp_path):
