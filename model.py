@@ -363,7 +363,8 @@ class Twist(nn.Module):
         return logits.view(len(views), -1, logits.shape[-1])
 
 
-def build_twist(config):
-    """The Twist of a run's configuration (the flags of pretrain.py, as a checkpoint keeps them)."""
+def build_twist(config, drop_path=0.0):
+    """The Twist of a run's configuration (the flags of pretrain.py, as a checkpoint keeps them); drop_path is
+    for training it on."""
     names = ("arch", "num_classes", "hidden_dim", "bunch_size", "nbs", "small_images")
-    return Twist(**{name: config[name] for name in names})
+    return Twist(**{name: config[name] for name in names}, drop_path=drop_path)

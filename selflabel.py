@@ -160,12 +160,12 @@ def main(args):
         state = box[0]
 
     # ---------------------------------------------------------------- model
-    model = build_twist(config).to(device, memory_format=torch.channels_last)
+    model = build_twist(config, config.get("drop_path", 0.0)).to(device, memory_format=torch.channels_last)
     model.load_state_dict(source["model"])
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     teacher = None
     if args.ema > 0:             # the first stage's, or the network itself to begin with
-        teacher = build_twist({**config, "drop_path": 0.0}).to(device, memory_format=torch.channels_last)
+        teacher = build_twist(config).to(device, memory_format=torch.channels_last)
         teacher.load_state_dict(source.get("teacher") or source["model"])
         teacher.requires_grad_(False)
     exported = teacher if teacher is not None and args.export == "teacher" else model

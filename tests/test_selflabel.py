@@ -113,6 +113,26 @@ def test_two_processes_equal_one(pretrained, tmp_path):
             assert (value - states[1][part][name]).float().norm() <= 0.02 * (1 + value.float().norm()), name
 
 
+def test_a_vit_keeps_its_drop_path_and_its_teacher(tmp_path, monkeypatch):
+    """The second stage trains with the first's noise; its teacher begins as the first's and has none."""
+    run(f"pretrain.py {SMALL} --arch vit_t --batch-size 256 --epochs 1 --knn-every 0 --ema 0.9 "
+        f"--drop-path 0.3 --lr 0.01 --warmup-epochs 0 --output-dir {tmp_path}/first")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    built, build = [], selflabel.build_twist
+    monkeypatch.setattr(selflabel, "build_twist", lambda *args: built.append(build(*args)) or built[-1])
+    command = (f"--checkpoint {tmp_path}/first/checkpoint.pth --batch-size 256 --epochs 1 --ema 0.5 "
+               f"--quantile 0 --quantile-end 0 --output-dir {tmp_path}/second")
+    with pytest.raises(SystemExit) as stop:
+        checkpoint.run(selflabel.main, selflabel.get_parser(), shlex.split(command))
+    assert not stop.value.code
+    assert [round(network.backbone.blocks[11].drop_path.p, 6) for network in built] == [0, 0.3, 0]
+    first, second = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+                     for name in ("first", "second"))
+    for part in ("model", "teacher"):                          # no step was made: it is what was loaded
+        assert second[part]["backbone.cls_token"].equal(first[part]["backbone.cls_token"])
+    assert not first["model"]["backbone.cls_token"].equal(first["teacher"]["backbone.cls_token"])
+
+
 def test_without_a_confident_image_the_step_is_left_out(pretrained, tmp_path):
     """No image is strictly above the greatest confidence."""
     run(f"selflabel.py --checkpoint {pretrained}/checkpoint.pth {FLAGS} --epochs 1 --quantile 0 "
