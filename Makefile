@@ -14,10 +14,10 @@ demo: $(ENVIRONMENT)
 	$(PYTHON) cluster_eval.py --checkpoint runs/demo/checkpoint.pth --output-dir runs/demo/classes --pixel-kmeans
 
 test: $(ENVIRONMENT)
-	$(PYTHON) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 
 test-slow: $(ENVIRONMENT)
-	$(PYTHON) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m slow
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
