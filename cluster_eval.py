@@ -488,6 +488,11 @@ def read_mapping(path, num_clusters, class_names):
         mapping, names = metrics["mapping"], metrics["class_names"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
+    matched = [k for k in mapping if k != -1] if isinstance(mapping, list) else [None]
+    classes = range(len(names)) if isinstance(names, list) else ()
+    if not all(type(k) is int and k in classes for k in matched) or len(set(matched)) < len(matched):
+        raise UserError(f"--map-from {path}: not a mapping of clusters to its {len(classes)} classes, "
+                        "each one's at most once")
     if len(mapping) != num_clusters:
         raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
     if class_names is not None and names != class_names:

@@ -351,7 +351,7 @@ def test_contact_sheet_shows_the_most_confident(tmp_path, monkeypatch, channels,
     draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=5)
     axes = drawn[0].axes
     assert len(axes) == num_clusters
-    for ax, row in zip(axes, clusters, strict=False):
+    for ax, row in zip(axes, clusters, strict=True):
         members = np.flatnonzero(predictions == row["cluster"])
         best = members[confidences[members].argsort()[::-1]][:5]
         strip = ax.images[0].get_array()
@@ -496,6 +496,10 @@ def test_map_from_another_split(checkpoint, tmp_path, capsys):
     assert test["acc"] == np.mean([row["mapped_label"] == row["label"] for row in rows])
     assert f"named by the mapping of {source}" in capsys.readouterr().out
     for text, message in (("{}", "not the metrics.json"), ("no json", "not the metrics.json"),
+                          (json.dumps(train | {"mapping": [0] * 14}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": [10, *[-1] * 13]}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": ["a"] * 14}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": 3}), "not a mapping of clusters"),
                           (json.dumps(train | {"mapping": [0, 1]}), "maps 2 clusters, the network has 14"),
                           (json.dumps(train | {"class_names": list("abcdefghij")}), "classes are others")):
         (tmp_path / "bad.json").write_text(text)

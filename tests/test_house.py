@@ -58,6 +58,23 @@ def test_every_stage_chooses_its_device_alike():
     assert all(blocks) and len({block[0] for block in blocks}) == 1
 
 
+def test_copies_in_the_stages_are_equal():
+    """Each stage stands by itself, so these are written again in each; what differs would be a mistake."""
+    blocks = (r"    rank, world_size, local_rank = .*?\n    best",
+              r"\n        dist\.init_process_group\(.*?\)\)\n",
+              r"    if world_size > 1: +# all go on.*?state = box\[0\]\n", r"SIGNALS = .*?\n",
+              r"    caught = \[\]\n.*?append\(signum\)\)\n")
+    functions = [rf"\ndef {name}\(.*?(?=\n\n\n)"
+                 for name in ("finish", "write", "rng_state", "set_rng_state", "memory_mib")]
+    trained = [script for script in STAGES if "--timeout" in flags_of(script)]
+    assert len(trained) == 4
+    for pattern in (*blocks, *functions):
+        matches = [re.search(pattern, (ROOT / script).read_text(), re.DOTALL) for script in trained]
+        assert all(matches) or pattern in functions, pattern
+        found = [match[0] for match in matches if match]
+        assert len(found) >= 2 and len(set(found)) == 1, pattern
+
+
 def test_readme_commands_parse():
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.strip()]
