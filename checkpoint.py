@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from model import build_backbone, build_twist
+from model import build_backbone, build_network
 
 VERSION = 1
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
@@ -167,12 +168,19 @@ def is_ours(content):
 def load_twist(path):
     """The network of a training run's checkpoint, the averaged one if it has one, and its configuration."""
     state = load_checkpoint(path)
+    refuse_classless(state["config"], path)
     return _build_ours(state["config"], state.get("teacher", state["model"]), path), state["config"]
+
+
+def refuse_classless(config, path):
+    """Raises UserError for a network that was trained by an objective without classes."""
+    if config.get("loss", "twist") != "twist":
+        raise UserError(f"{path}: holds no classes, as TWIST's network does; its loss was {config['loss']}")
 
 
 def _build_ours(config, weights, path):
     try:
-        network = build_twist(config)
+        network = build_network(config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
     problem = differences(network.state_dict(), weights)
@@ -390,7 +398,8 @@ def _places(expected, tensors, key):
                 continue                                    # a block within a network, whose names are alike
             start = place + "." if place else ""
             inside = {name[len(start):]: name for name in tensors if name.startswith(start)}
-            state = {ours.get(n, n): name for n, name in inside.items() if n.split(".")[0] in layers}
+            state = {ours.get(n, n): name for n, name in inside.items() if n.split(".")[0] in layers
+                     and not re.match(r"classifier\.[1-9]", n)}        # a MobileNet's last layer
             found = {name: tensors[there] for name, there in state.items()}
             if not any(name in found for name in counters):
                 found.update((name, expected[name]) for name in counters)
@@ -425,24 +434,87 @@ def load_pretrained(path, arch=None, small_images=False, key=None):
     (`teacher`) where there is one, else, or with key "model", the trained one. Of other files, bare
     backbones among them, build_backbone(arch, small_images) by load_backbone; their input is data.PICTURES.
     """
+    return _pretrained(path, arch, small_images, key)[:2]
+
+
+def load_teacher(path, arch=None, head="auto"):
+    """(backbone, name of the head, head, configuration) of SEED's teacher: load_pretrained and load_head."""
+    backbone, config, place = _pretrained(path, arch, flag="--teacher-arch")
+    act = nn.GELU if config["arch"].startswith("vit") else nn.ReLU
+    return backbone, *load_head(path, place, head, act), config
+
+
+def _pretrained(path, arch=None, small_images=False, key=None, flag="--arch"):
+    """What load_pretrained gives, and the place of the backbone in the file; flag: what sets arch."""
     content, _ = read_file(path)
     if is_ours(content):
         config = content["config"]
         if arch is not None and arch != config.get("arch"):
-            raise UserError(f"--arch {arch}: {path} holds a {config.get('arch')}; leave --arch out")
+            raise UserError(f"{flag} {arch}: {path} holds a {config.get('arch')}; leave {flag} out")
         name = key or ("teacher" if "teacher" in content else "model")
         if name not in ("model", "teacher") or name not in content:
             raise UserError(f"{path}: has no '{name}'")
-        return _build_ours(config, content[name], path).backbone, config
+        return _build_ours(config, content[name], path).backbone, config, f"{name}.backbone"
     if arch is None:
-        raise UserError(f"--arch: {path} is no training checkpoint of this project and does not say which "
-                        "network it holds; name it by --arch")
+        raise UserError(f"{flag}: {path} is no training checkpoint of this project and does not say which "
+                        f"network it holds; name it by {flag}")
     try:
         backbone = build_backbone(arch, small_images)
     except ValueError as error:
-        raise UserError(f"--arch: {error}") from None
-    load_backbone(backbone, path, key)
-    return backbone, {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
+        raise UserError(f"{flag}: {error}") from None
+    place = load_backbone(backbone, path, key).place
+    config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
+    return backbone, config, place
+
+
+# Where projection heads stand, beside a backbone or in it: of TWIST, SwAV, Barlow Twins, MoCo and SimCLR
+HEADS = ("projection_heads.projection_head", "projection_head", "projector", "fc")
+
+
+def load_head(path, place, name="auto", act=nn.ReLU):
+    """(name, nn.Sequential) of the projection head that belongs to the backbone at `place` in a file.
+
+    name: one of HEADS or any other; auto: the first of HEADS with several linear layers, as one alone may be
+    a classifier; none, or nothing found by auto: the identity. The layers are told by their tensors: linear
+    ones by a matrix, batch norms by running statistics; between them, before every further linear layer,
+    stands an activation, and of TWIST's head, whose hidden output is meant, after the last batch norm, too.
+    Raises UserError if what stands there is something else.
+    """
+    tensors, parent = _tensors(read_file(path)[0]), place.rpartition(".")[0]
+    for candidate in {"auto": HEADS, "none": ()}.get(name, (name,)):
+        for start in (place, parent):
+            start = ".".join(filter(None, (start, candidate))) + "."
+            found = {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
+            found = {n if "." in n else f"0.{n}": tensor for n, tensor in found.items()}      # a lone layer
+            matrices = sum(n.endswith("weight") and tensor.dim() == 2 for n, tensor in found.items())
+            if matrices >= (2 if name == "auto" else 1):
+                head = _build_head(found, act, f"{path}: {start[:-1]}")
+                return candidate, head.append(act()) if candidate == HEADS[0] else head
+    if name not in ("auto", "none"):
+        raise UserError(f"--teacher-head {name}: {path} has no linear layers of that name beside "
+                        f"{place or 'its top level'}")
+    return "none", nn.Sequential()
+
+
+def _build_head(tensors, act, where):
+    """nn.Sequential of linear layers, batch norms and activations, from {'0.weight': tensor, ...}."""
+    try:
+        head = nn.Sequential()
+        for index in sorted({int(name.split(".")[0]) for name in tensors}):
+            state = {name.split(".")[1]: tensor for name, tensor in tensors.items()
+                     if name.startswith(f"{index}.")}
+            if "running_var" in state:
+                layer = nn.BatchNorm1d(len(state["running_var"]), affine="weight" in state)
+            else:
+                layer = nn.Linear(*reversed(state["weight"].shape), bias="bias" in state)
+                if len(head):
+                    head.append(act())
+            layer.load_state_dict(state)
+            head.append(layer)
+        return head
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{where}: is not a projection head of linear layers and batch norms "
+                        f"({str(error).splitlines()[0]})") from None
 
 
 def load_last_checkpoint(out):

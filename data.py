@@ -35,6 +35,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
+# principal components of ImageNet's colours, RGB in 0..1, for noise as AlexNet's (as in fb.resnet.torch):
+# one direction a column, and how wide each is
+COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
 UNIFORMS = 40                    # random numbers in one view of one image, see RandomView
 
 
@@ -314,25 +318,28 @@ VIEWS = {                        # the first global crop, the second, the local 
     "barlow": (dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=1.0),
                dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2)),
     "moco": (dict(scale=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),) * 2,
+    "moco-v1": (dict(scale=(0.2, 1), jitter=(0.4,) * 4, jitter_p=1, gray=0.2, gray_first=True),) * 2,
     "multicrop": (dict(scale=(0.4, 1), jitter=JITTER, gray=0.2, blur=1.0),
                   dict(scale=(0.4, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2),
                   dict(scale=(0.05, 0.4), jitter=JITTER, gray=0.2, blur=0.5)),
     "selflabel": (dict(scale=(0.14, 1), jitter=JITTER, gray=0.2, blur=1.0),
                   dict(scale=(0.14, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2),
                   dict(scale=(0.05, 0.14), jitter=JITTER, gray=0.2, blur=0.5)),
+    "seed": (dict(scale=(0.14, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),) * 2 + (
+        dict(scale=(0.05, 0.14), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),),
     # ours, for 28 × 28 gray pictures: strong contrast instead of colour, no blur of the few pixels there are
     "fashion-mnist": (dict(scale=(0.4, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True),) * 2 + (
         dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0), jitter_each=True),),
 }
 
 
-def build_views(name, mean, std, size, local_size=None, num_local=0):
-    """The V = 2 + num_local views of the recipe `name`, as a `Views`."""
+def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2):
+    """The V = num_global + num_local views of the recipe `name`, as a `Views`."""
     recipe = VIEWS[name]
     if num_local > 0 and len(recipe) < 3:
         raise UserError(f"--num-local {num_local}: --views {name} has no local crops; --views multicrop has")
-    sizes = [size, size] + [local_size] * num_local
-    return Views([(size, recipe[min(v, 2)]) for v, size in enumerate(sizes)], mean, std)
+    views = [(size, recipe[v]) for v in range(num_global)] + [(local_size, recipe[-1])] * num_local
+    return Views(views, mean, std)
 
 
 class Views(nn.Module):
@@ -372,15 +379,19 @@ class RandomView(nn.Module):
     size: pixels of the square output. scale: share of the area, ratio: width / height of the crop. jitter:
     strengths of brightness, contrast, saturation, hue, applied together with probability jitter_p, or with
     jitter_each independently. flip, gray, blur, solarize: probabilities; sigma: of the Gaussian blur, in
-    pixels. Distributed as torchvision's RandomResizedCrop and ColorJitter.
+    pixels. Distributed as torchvision's RandomResizedCrop and ColorJitter. lighting: standard deviation, in
+    COLOUR_WIDTHS, of noise along COLOUR_AXES; on RGB, and not with jitter_each, whose numbers it takes.
+    gray_first: gray before the jitter, not after it.
     """
 
     def __init__(self, size, mean, std, scale, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0),
-                 jitter_p=0.8, jitter_each=False, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0):
+                 jitter_p=0.8, jitter_each=False, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0,
+                 lighting=0.0, gray_first=False):
         super().__init__()
         self.size, self.mean, self.std, self.scale, self.ratio = size, mean, std, scale, ratio
         self.flip, self.jitter, self.jitter_p, self.jitter_each = flip, jitter, jitter_p, jitter_each
         self.gray, self.blur, self.sigma, self.solarize = gray, blur, sigma, solarize
+        self.lighting, self.gray_first = lighting, gray_first
 
     def draw_crop(self, u, height, width):
         """Uniform numbers [B, UNIFORMS] on the CPU -> crop and flip, a dict of [B]; height, width: of the
@@ -416,6 +427,11 @@ class RandomView(nn.Module):
                     sigma=self.sigma[0] + u[:, 34] * (self.sigma[1] - self.sigma[0]),
                     solarize=u[:, 35] < self.solarize)
 
+    def draw_lighting(self, u):
+        """Uniform numbers [B, UNIFORMS] on the CPU -> what is added to red, green and blue, [B, 3]."""
+        normal = torch.special.ndtri(u[:, 36:39].double() + 2 ** -25).float()     # of 24 bits: never 0 or 1
+        return self.lighting * normal * torch.tensor(COLOUR_WIDTHS) @ torch.tensor(COLOUR_AXES).T
+
     def crop(self, pictures, u):
         """B pictures uint8 [3, H, W] on the CPU, each of its own size -> uint8 [B, 3, size, size].
 
@@ -436,14 +452,18 @@ class RandomView(nn.Module):
         ops = [(0, adjust_brightness, "brightness"), (1, adjust_contrast, "contrast"),
                (2, adjust_saturation, "saturation"), (3, adjust_hue, "hue")][:4 if colour else 2]
         ops = [(i, op, name) for i, op, name in ops if self.jitter[i] > 0]
+        if colour and self.gray_first:
+            _apply(lambda x: gray(x).expand_as(x), x, p["gray"])
         rank = p["order"].argsort(1)[:, [i for i, _, _ in ops]].argsort(1).argsort(1)      # among these ops
         for position in range(len(ops)):              # each image has its own order
             for k, (i, op, name) in enumerate(ops):
                 _apply(op, x, p["jitter"][:, i] & (rank[:, k] == position), p[name])
-        if colour:
+        if colour and not self.gray_first:
             _apply(lambda x: gray(x).expand_as(x), x, p["gray"])
         _apply(gaussian_blur, x, p["blur"], p["sigma"])
         _apply(solarize, x, p["solarize"])
+        if colour and self.lighting > 0:              # last, and what leaves 0..1 stays there, as published
+            x += self.draw_lighting(u).to(x.device)[:, :, None, None]
         return normalize(x, self.mean, self.std)
 
     def forward(self, images, u):

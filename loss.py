@@ -1,6 +1,7 @@
-"""The objectives, each a pure function of tensors with the paper's names (TWIST, arXiv 2110.07402).
+"""The objectives, each a pure function of tensors with the paper's names.
 
-V views of B images (per process) end in logits z^v_i over C classes; P^v_i = softmax(z^v_i).
+TWIST (arXiv 2110.07402): V views of B images (per process) end in logits z^v_i over C classes;
+P^v_i = softmax(z^v_i). Below it Barlow Twins and SEED, for embeddings of D numbers.
 """
 
 from typing import NamedTuple
@@ -188,3 +189,84 @@ def self_label_loss(logits, quantile, teacher_logits=None, riders=None):
         # DDP divides the sum over processes by their number; an empty choice gives 0, not 0 / 0
         total = torch.where(chosen, cross_entropy, 0).sum() / ((V - 1) * number.clamp_min(1) / world_size)
     return SelfLabelLoss(total, threshold, number / len(everywhere))
+
+
+# ---------------------------------------------------------------- Barlow Twins
+class BarlowTwinsLoss(NamedTuple):
+    """Scalars of the global batch: total = invariance + lambd * redundancy."""
+    total: Tensor
+    invariance: Tensor
+    redundancy: Tensor
+
+
+def barlow_twins_terms(z1, z2, lambd=0.0051, eps=1e-5, riders=None):
+    """Barlow Twins' objective (arXiv 2103.03230, eq. 1-2) with its two terms.
+
+        C_ij = mean_b z1_bi z2_bj, each dimension of z1 and z2 with mean 0 and variance 1 over the batch
+        invariance = sum_i (C_ii - 1)²        redundancy = sum_{i≠j} C_ij²
+
+    z1, z2: [B, D] of two views, before any batch norm: it is in here, of the global batch, with eps as its
+    epsilon. riders: as for twist_loss. Under DDP values and averaged gradients are those of one process with
+    the joined batch. (The published code's are right but for a factor 1 / W, as it divides by the global
+    batch before a sum that autograd does not see.) Raises ValueError for other shapes.
+    """
+    if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 1:
+        raise ValueError(f"z1, z2: expected two of [B, D], got {list(z1.shape)} and {list(z2.shape)}")
+    B, D = z1.shape
+    with torch.autocast(z1.device.type, enabled=False):
+        z = torch.stack([_raise_precision(z1), _raise_precision(z2)])                # [2, B, D]
+        rides = z.new_zeros(0) if riders is None else riders.to(z)
+        mean, rides = _global_mean(torch.cat([z.mean(1).flatten(), rides])).split([2 * D, len(rides)])
+        if riders is not None:
+            riders.copy_(rides)
+        # The mean may be a constant: second moments about a point have slope 0 in it where it is the mean.
+        z = z - mean.view(2, 1, D)
+        local = torch.cat([z.square().mean(1), z[0].mT @ z[1] / B])                  # [2 + D, D]
+        moments = local + (_global_mean(local) - local).detach()                     # as in _joined
+        scale = (moments[:2] + eps).rsqrt()
+        C = moments[2:] * scale[0][:, None] * scale[1]                               # [D, D]
+        on, off = C.diagonal(), C - C.diagonal().diag()
+        invariance, redundancy = (on - 1).square().sum(), off.square().sum()
+    return BarlowTwinsLoss(invariance + lambd * redundancy, invariance, redundancy)
+
+
+def barlow_twins_loss(z1, z2, lambd=0.0051):
+    """The scalar to differentiate of barlow_twins_terms."""
+    return barlow_twins_terms(z1, z2, lambd).total
+
+
+# ---------------------------------------------------------------- SEED
+def seed_target(teacher, queue, teacher_temperature=0.01):
+    """SEED's target [B, 1 + K]: softmax of [t_b·t_b, t_b·q_1, ..., t_b·q_K] / teacher_temperature.
+
+    Column 0 is the positive, whose similarity is 1, the greatest there is: at a low temperature it takes all
+    the mass, and SEED becomes InfoNCE with the teacher's embedding as the positive. teacher: [B, D], queue:
+    [K, D], L2-normalised here.
+    """
+    with torch.autocast(teacher.device.type, enabled=False):
+        t, q = (F.normalize(_raise_precision(x.detach()), dim=-1) for x in (teacher, queue))
+        similarity = torch.cat([t.new_ones(len(t), 1), t @ q.T], 1)                  # [B, 1 + K]
+        return (similarity / teacher_temperature).softmax(-1)
+
+
+def seed_loss(student, teacher, queue, student_temperature=0.2, teacher_temperature=0.01):
+    """SEED's objective (arXiv 2101.04731, section 3.2): cross-entropy between two similarity distributions.
+
+        - mean_b sum_j P^t_bj log P^s_bj,   P^s_b = softmax([s_b·t_b, s_b·q_1, ..., s_b·q_K] / T_s)
+
+    and P^t by seed_target. student, teacher: [B, D] embeddings of the same view, queue: [K, D] the teacher's
+    of earlier images; all L2-normalised here; only the student gets a gradient. T_t: the released code has
+    1e-4, which is one-hot, the paper is recalled to use 0.01. A mean over images, so DDP's average is the
+    global one without a collective. Raises ValueError if shapes do not fit or a temperature is not above 0.
+    """
+    if student.dim() != 2 or student.shape != teacher.shape or student.shape[1:] != queue.shape[1:]:
+        raise ValueError(f"expected student and teacher [B, D] and queue [K, D], got {list(student.shape)}, "
+                         f"{list(teacher.shape)} and {list(queue.shape)}")
+    if not (student_temperature > 0 and teacher_temperature > 0):
+        raise ValueError(f"temperatures: expected above 0, got {student_temperature}, {teacher_temperature}")
+    with torch.autocast(student.device.type, enabled=False):
+        s, t, q = (F.normalize(_raise_precision(x), dim=-1)
+                   for x in (student, teacher.detach(), queue.detach()))
+        logits = torch.cat([(s * t).sum(-1, keepdim=True), s @ q.T], 1)              # [B, 1 + K]
+        target = seed_target(t, q, teacher_temperature)
+        return -(target * (logits / student_temperature).log_softmax(-1)).sum(-1).mean()

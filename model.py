@@ -14,7 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import StochasticDepth
 
 ARCHS = ("resnet8", "resnet8_2x2", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-         "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b")
+         "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b", "mobilenet_v3_large",
+         "efficientnet_b0", "efficientnet_b1")
 
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
@@ -277,14 +278,15 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
     arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
     stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
     each of the widths 32, 64, 128 behind a 5×5 stem; resnet8_2x2 keeps 2 × 2 places of its last map, which
-    makes 512 features of 128. vit_t, vit_s, vit_b: see ViT, drop_path is theirs. small_images: 3×3 stem
-    without stride and max-pool. Raises ValueError for an unknown arch, or small_images of a ViT.
+    makes 512 features of 128. vit_t, vit_s, vit_b: see ViT, drop_path is theirs. mobilenet_v3_large and
+    efficientnet_b0/b1 are torchvision's, with the dropout before their classifier. small_images: 3×3 stem
+    without stride and max-pool. Raises ValueError for an unknown arch, or small_images of what is no ResNet.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
+    if small_images and not arch.startswith("resnet"):
+        raise ValueError(f"small images: {arch} has no ResNet's stem to change")
     if arch.startswith("vit"):
-        if small_images:
-            raise ValueError(f"small images: {arch} has patches of 16 pixels and no stem to change")
         heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch]
         return ViT(64 * heads, heads, drop_path=drop_path)
     if arch.startswith("resnet8"):
@@ -297,13 +299,34 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     else:
-        backbone = getattr(torchvision.models, arch)(weights=None)
-        backbone.feature_dim, backbone.fc = backbone.fc.in_features, nn.Identity()
+        backbone = remove_classifier(getattr(torchvision.models, arch)(weights=None))
     if small_images:
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
     return backbone
+
+
+def remove_classifier(network):
+    """A torchvision network without its last layer, with `feature_dim`. Raises ValueError if it is no linear
+    one."""
+    name, last = list(network.named_modules())[-1]
+    if not isinstance(last, nn.Linear):
+        raise ValueError(f"the last layer of a {type(network).__name__} is no linear head, but "
+                         f"{name}, a {type(last).__name__}")
+    network.set_submodule(name, nn.Identity())
+    network.feature_dim = last.in_features
+    return network
+
+
+def multi_crop(backbone, views):
+    """Features [V·B, feature_dim] of V views [B, 3, h, w]; consecutive views of one size share a pass."""
+    features, start = [], 0
+    for i in range(1, len(views) + 1):
+        if i == len(views) or views[i].shape[-2:] != views[start].shape[-2:]:
+            features.append(backbone(torch.cat(views[start:i])))
+            start = i
+    return torch.cat(features)
 
 
 # ---------------------------------------------------------------- TWIST
@@ -351,15 +374,10 @@ class Twist(nn.Module):
     def forward(self, views):
         """views: list of V tensors [B, 3, h, w] -> logits [V, B, C].
 
-        Consecutive views of one size share a pass through the backbone; all share one through the head, whose
-        batch statistics therefore mix global and local crops, as published.
+        All views share one pass through the head, whose batch statistics therefore mix global and local
+        crops, as published.
         """
-        features, start = [], 0
-        for i in range(1, len(views) + 1):
-            if i == len(views) or views[i].shape[-2:] != views[start].shape[-2:]:
-                features.append(self.backbone(torch.cat(views[start:i])))
-                start = i
-        logits = self.projection_heads(torch.cat(features), num_views=len(views))            # [V·B, C]
+        logits = self.projection_heads(multi_crop(self.backbone, views), len(views))         # [V·B, C]
         return logits.view(len(views), -1, logits.shape[-1])
 
 
@@ -368,3 +386,60 @@ def build_twist(config, drop_path=0.0):
     for training it on."""
     names = ("arch", "num_classes", "hidden_dim", "bunch_size", "nbs", "small_images")
     return Twist(**{name: config[name] for name in names}, drop_path=drop_path)
+
+
+# ---------------------------------------------------------------- Barlow Twins, SEED
+class BarlowTwins(nn.Module):
+    """Backbone and projector of Barlow Twins (arXiv 2103.03230); names are the published ones.
+
+    The projector has three linear layers of `hidden_dim`, without bias, the first two with batch norm and
+    ReLU; the batch norm of the embeddings belongs to the loss. Residual branches begin at 0, as published.
+    """
+
+    def __init__(self, arch, hidden_dim=8192, small_images=False, drop_path=0.0):
+        super().__init__()
+        self.backbone = build_backbone(arch, small_images, drop_path)
+        for module in self.backbone.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+        layers = []
+        for inputs in (self.backbone.feature_dim, hidden_dim):
+            layers += [nn.Linear(inputs, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(hidden_dim, hidden_dim, bias=False))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            synchronize_batch_norms(self)
+
+    def forward(self, views):
+        """views: list of V tensors [B, 3, h, w] -> embeddings [V, B, hidden_dim]; each view has batch
+        statistics of its own, unlike in TWIST."""
+        return torch.stack([self.projector(self.backbone(view)) for view in views])
+
+
+class Embedder(nn.Module):
+    """A backbone and a head, as SEED's student and teacher are: views -> embeddings."""
+
+    def __init__(self, backbone, fc):
+        super().__init__()
+        self.backbone, self.fc = backbone, fc
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            synchronize_batch_norms(self)
+
+    def forward(self, views):
+        """views: list of V tensors [B, 3, h, w] -> embeddings [V, B, D]."""
+        return self.fc(multi_crop(self.backbone, views)).unflatten(0, (len(views), -1))
+
+
+def build_student(config):
+    """The student of a run's configuration (the flags of distill.py, as a checkpoint keeps them)."""
+    backbone = build_backbone(config["arch"], config["small_images"])
+    width = backbone.feature_dim
+    return Embedder(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(),
+                                            nn.Linear(width, config["embedding_dim"])))
+
+
+def build_network(config, drop_path=0.0):
+    """The network of a run's configuration, whichever stage trained it."""
+    loss = config.get("loss", "twist")
+    if loss == "barlow":
+        return BarlowTwins(config["arch"], config["hidden_dim"], config["small_images"], drop_path)
+    return build_student(config) if loss == "seed" else build_twist(config, drop_path)

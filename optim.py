@@ -62,3 +62,13 @@ def warmup_cosine(step, total_steps, warmup_steps, peak, final):
     if step < warmup_steps:
         return peak * step / warmup_steps
     return cosine(step - warmup_steps, total_steps - warmup_steps, peak, final)
+
+
+def seed_lr(epoch, epochs, warmup_epochs, lr, peak, milestones=None):
+    """SEED's learning rate of a whole epoch: from `lr` linearly to `peak`, its multiple for the batch size,
+    then the cosine of all epochs, warm-up included, to 0, or a tenth at each milestone."""
+    if epoch < warmup_epochs:
+        return lr + (peak - lr) * epoch / warmup_epochs
+    if milestones:
+        return peak * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+    return cosine(epoch, epochs, peak, 0)

@@ -5,6 +5,7 @@
 
 Two or more augmented views of each image go through one network that ends in a softmax over C classes. The
 loss makes the views agree (consistency), each image sharp (sharpness) and the batch diverse (diversity).
+With --loss barlow it is Barlow Twins, whose loss is of embeddings instead of classes; all else is the same.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import UserError, open_log, open_output, run, save_checkpoint, write_atomically
 from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers
 from knn import extract_features, knn_predict
-from loss import momentum_twist_loss, twist_loss
-from model import ARCHS, Twist, bunch_layout
+from loss import barlow_twins_terms, momentum_twist_loss, twist_loss
+from model import ARCHS, build_network, bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
 
+TERMS = ("consistency", "sharpness", "diversity", "invariance", "redundancy")       # of either loss
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
 
 
@@ -45,22 +47,24 @@ def get_parser():
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
     add("--small-images", action="store_true", help="3×3 stem without stride and max-pool, for 32 pixels")
     add("--num-classes", type=int, default=10, help="C, classes to discover")
-    add("--hidden-dim", type=int, default=512, help="width of the head's two hidden layers")
+    add("--hidden-dim", type=int, default=512, help="width of the head's hidden layers")
     add("--nbs", action=argparse.BooleanOptionalAction, default=True, help="batch norm before the softmax")
     add("--bunch-size", type=int, default=0, help="images that share one NBS; 0: the global batch")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of a ViT's last block, 0 to the first")
     add("--ema", type=float, default=0.0, help="momentum of a momentum encoder, to 1 by a cosine; 0: none")
     add("--export", default="teacher", choices=("teacher", "student"), help="whose backbone is backbone.pth")
     # loss
+    add("--loss", default="twist", choices=("twist", "barlow"), help="objective: TWIST's or Barlow Twins'")
+    add("--lambd", type=float, default=0.0051, help="Barlow Twins: weight of redundancy")
     add("--alpha", type=float, default=1.0, help="weight of sharpness")
     add("--beta", type=float, default=1.0, help="weight of diversity")
     add("--eps", type=float, default=1e-5, help="inside every logarithm of the loss")
     # views
     add("--views", default="auto", choices=("auto", *VIEWS),
-        help="augmentation recipe; auto: fashion-mnist for it, else barlow, multicrop with local crops")
+        help="augmentation recipe; auto: fashion-mnist for it, else the one published for the stage")
     add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own, 224 of files")
     add("--local-size", type=int, default=0, help="pixels of a local crop; 0: 3/7 of the global")
-    add("--num-local", type=int, default=0, help="local crops beside the two global ones")
+    add("--num-local", type=int, default=0, help="local crops beside the global ones")
     add("--mean", type=float, nargs="+", help="of pixels 0..1, one or three; None: the data's own")
     add("--std", type=float, nargs="+", help="of pixels 0..1, one or three; None: the data's own")
     # optimisation
@@ -68,6 +72,7 @@ def get_parser():
     add("--epochs", type=int, default=2, help="passes over the data")
     add("--batch-size", type=int, default=128, help="images in the GLOBAL batch")
     add("--lr", type=float, default=4e-3, help="peak learning rate at batch 256, scaled linearly")
+    add("--bias-lr", type=float, default=1.0, help="of biases and norms, as a multiple of --lr")
     add("--warmup-epochs", type=float, default=0.1, help="epochs of linear warm-up")
     add("--weight-decay", type=float, default=1e-4, help="of matrices and kernels, at the start")
     add("--weight-decay-end", type=float, default=None, help="at the end, by a cosine; None: constant")
@@ -93,7 +98,8 @@ def check(args, dataset, world_size):
     """Refuses what cannot work, by name, before anything is written."""
     least = dict(epochs=1, num_classes=2, hidden_dim=1, batch_size=2, save_every=1, print_every=1, workers=-1,
                  num_local=0, knn_every=0, bunch_size=0, image_size=0, local_size=0, eps=0, lr=0, drop_path=0,
-                 ema=0, warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
+                 ema=0, warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0, lambd=0,
+                 bias_lr=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
@@ -104,8 +110,10 @@ def check(args, dataset, world_size):
     for name in ("ema", "drop_path"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
-    if args.arch.startswith("vit") and args.small_images:
-        raise UserError(f"--small-images: {args.arch} has patches of 16 pixels and no stem to change")
+    if args.small_images and not args.arch.startswith("resnet"):
+        raise UserError(f"--small-images: {args.arch} has no ResNet's stem to change")
+    if args.loss == "barlow" and (args.num_local or args.ema):
+        raise UserError("--loss barlow: takes two views and no momentum encoder, so no --num-local, no --ema")
     if args.print_every > 50:
         raise UserError(f"--print-every {args.print_every}: at most 50; a wish to stop is heard as often")
     if args.batch_size % world_size:
@@ -159,12 +167,13 @@ def main(args):
         state = box[0]
 
     # ---------------------------------------------------------------- model
-    shape = (args.arch, args.num_classes, args.hidden_dim, args.bunch_size, args.nbs, args.small_images)
-    model = Twist(*shape, args.drop_path).to(device, memory_format=torch.channels_last)
+    model = build_network(vars(args), args.drop_path).to(device, memory_format=torch.channels_last)
+    last_linear = model.projector[-1] if args.loss == "barlow" else model.projection_heads.last_linear
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     teacher = None
     if args.ema > 0:             # without drop path, as DINO's; in training mode, so with its own statistics
-        teacher = Twist(*shape).to(device, memory_format=torch.channels_last).requires_grad_(False)
+        teacher = build_network(vars(args)).to(device, memory_format=torch.channels_last)
+        teacher.requires_grad_(False)
         teacher.load_state_dict(model.state_dict())
     watched_model = teacher if teacher is not None and args.export == "teacher" else model
     torch.manual_seed(args.seed + rank)                         # noise inside the network: by process
@@ -222,13 +231,13 @@ def main(args):
         logging = (step + 1) % args.print_every == 0 or place == 0
         saving = (step + 1) % args.save_every == 0 or step + 1 == total_steps
         lr = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(optimizer.param_groups, (1, args.bias_lr), strict=True):
+            group["lr"] = lr * factor
         if args.weight_decay_end is not None:
             optimizer.param_groups[0]["weight_decay"] = cosine(step, total_steps, args.weight_decay,
                                                                args.weight_decay_end)
         health = {}
-        watch = watch_logits(model.projection_heads.last_linear, health) if logging else None
+        watch = watch_logits(last_linear, health) if logging else None
         before = time.time()
         images, uniforms = next(loader)
         waited += time.time() - before
@@ -241,7 +250,9 @@ def main(args):
             if teacher is not None:
                 with torch.no_grad():
                     teacher_logits = teacher(x[:2])                               # [2, B, C]
-        if teacher is None:
+        if args.loss == "barlow":
+            loss = barlow_twins_terms(*logits, args.lambd, riders=stop)           # of embeddings [2, B, D]
+        elif teacher is None:
             loss = twist_loss(logits, args.alpha, args.beta, args.eps, riders=stop)
         else:
             loss = momentum_twist_loss(teacher_logits, logits, args.alpha, args.beta, args.eps, riders=stop)
@@ -348,22 +359,24 @@ def watch_logits(last_linear, health):
 def terms_and_health(loss, health, grad_scale, most_classes):
     """The loss's terms and the health of a step, in nats; the gradient was multiplied by `grad_scale`."""
     terms = {name: value.item() for name, value in loss._asdict().items()}
-    mi = terms["diversity"] - terms["sharpness"]                # I(image; class): 0 if collapsed
-    entry = dict(loss=terms.pop("total"), **terms, mi=mi, mi_ratio=mi / math.log(most_classes),
-                 classes=math.exp(terms["diversity"]), std_col=health["std_col"].item(),
-                 std_row=health["std_row"].item(), grad=health["grad"].item() / grad_scale)
-    if entry["mi_ratio"] < 0.02:
-        entry["collapsed"] = "one-class" if entry["classes"] < 1.1 else "uniform"
-    return entry
+    entry = dict(loss=terms.pop("total"), **terms)
+    if "diversity" in terms:                                    # there are classes
+        mi = terms["diversity"] - terms["sharpness"]            # I(image; class): 0 if collapsed
+        entry |= dict(mi=mi, mi_ratio=mi / math.log(most_classes), classes=math.exp(terms["diversity"]))
+        if entry["mi_ratio"] < 0.02:
+            entry["collapsed"] = "one-class" if entry["classes"] < 1.1 else "uniform"
+    return entry | dict(std_col=health["std_col"].item(), std_row=health["std_row"].item(),
+                        grad=health["grad"].item() / grad_scale)
 
 
 def progress_line(entry, total_steps, eta):
-    line = ("epoch {epoch} step {step}/{total} | loss {loss:.3f} = consistency {consistency:.3f}, sharpness "
-            "{sharpness:.3f}, diversity {diversity:.3f} | mi {mi:.2f} ({mi_ratio:.0%}), classes "
-            "{classes:.1f}, std {std_col:.2f} / {std_row:.2f}, grad {grad:.0e} | lr {lr:.1e} | "
+    terms = ", ".join(f"{name} {entry[name]:.3f}" for name in TERMS if name in entry)
+    classes = "mi {mi:.2f} ({mi_ratio:.0%}), classes {classes:.1f}, " if "mi" in entry else ""
+    line = ("epoch {epoch} step {step}/{total} | loss {loss:.3f} = {terms} | " + classes +
+            "std {std_col:.2f} / {std_row:.2f}, grad {grad:.0e} | lr {lr:.1e} | "
             "{images_per_s:.0f} images/s, waiting {waiting:.0%}, {memory_mib} MiB, "
             "ETA {minutes:.0f}:{seconds:02.0f}")
-    line = line.format(**entry, total=total_steps, minutes=eta // 60, seconds=eta % 60)
+    line = line.format(**entry, terms=terms, total=total_steps, minutes=eta // 60, seconds=eta % 60)
     if "collapsed" in entry:
         line += f" | collapsed: {entry['collapsed']}"
     if "knn_monitor" in entry:
@@ -412,14 +425,17 @@ def draw_curves(entries, args, path):
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     steps, most = [e["step"] for e in entries], math.log(min(args.num_classes, args.batch_size))
-    for name, style in (("consistency", "-"), ("sharpness", "--"), ("diversity", "-.")):
+    for name, style in zip([name for name in TERMS if name in entries[0]], ("-", "--", "-."), strict=False):
         left.plot(steps, [e[name] for e in entries], style, label=name)
-    left.axhline(most, color="0.6", linewidth=1, label=f"ln {math.exp(most):.0f}, the greatest entropy")
-    left.set(xlabel="step", ylabel="nats", title="the three terms", ylim=(0, None))
     right.plot(steps, [e["loss"] for e in entries], color="black", label="loss")
-    right.axhline(-args.beta * most, color="0.6", linewidth=1, label="lower bound")
-    right.set(xlabel="step", ylabel="nats",
-              title=f"consistency + {args.alpha:g} · sharpness − {args.beta:g} · diversity")
+    if args.loss == "twist":
+        left.axhline(most, color="0.6", linewidth=1, label=f"ln {math.exp(most):.0f}, the greatest entropy")
+        right.axhline(-args.beta * most, color="0.6", linewidth=1, label="lower bound")
+        unit, total = "nats", f"consistency + {args.alpha:g} · sharpness − {args.beta:g} · diversity"
+    else:
+        unit, total = "squared correlation", f"invariance + {args.lambd:g} · redundancy"
+    left.set(xlabel="step", ylabel=unit, title="the terms", ylim=(0, None))
+    right.set(xlabel="step", ylabel=unit, title=total)
     for axes in (left, right):
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path, dpi=120)

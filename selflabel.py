@@ -30,6 +30,7 @@ from checkpoint import (
     load_checkpoint,
     open_log,
     open_output,
+    refuse_classless,
     run,
     save_checkpoint,
     write_atomically,
@@ -59,10 +60,10 @@ def get_parser():
     add("--quantile-end", type=float, default=0.6, help="and at the end, by a cosine")
     # views
     add("--views", default="auto", choices=("auto", *VIEWS),
-        help="augmentation recipe; auto: fashion-mnist for it, else barlow, multicrop with local crops")
+        help="augmentation recipe; auto: fashion-mnist for it, else the one published for the stage")
     add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own, 224 of files")
     add("--local-size", type=int, default=0, help="pixels of a local crop; 0: 3/7 of the global")
-    add("--num-local", type=int, default=0, help="local crops beside the two global ones")
+    add("--num-local", type=int, default=0, help="local crops beside the global ones")
     # optimisation
     add("--optimizer", default="adamw", choices=("lars", "adamw", "sgd"), help="update rule")
     add("--epochs", type=int, default=1, help="passes over the data")
@@ -127,6 +128,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     source = load_checkpoint(args.checkpoint)                   # of the first stage
+    refuse_classless(source["config"], args.checkpoint)
     config = {**source["config"], **vars(args)}                 # shape and input of the network stay
     config["data"] = args.data or source["config"]["data"]
     config["image_size"] = args.image_size or source["config"].get("image_size")
@@ -153,7 +155,7 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(seconds=args.timeout))
     out = Path(args.output_dir)
-    lock, state = open_output(args, "selflabel") if rank == 0 else (None, None)
+    lock, state = open_output(argparse.Namespace(**config), "selflabel") if rank == 0 else (None, None)
     if world_size > 1:                                          # all go on from what rank 0 read
         box = [state]
         dist.broadcast_object_list(box)

@@ -1,22 +1,36 @@
 """Several gloo processes compute what one process computes on the joined batch: values and gradients."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from loss import momentum_twist_loss, self_label_loss, twist_loss
-from model import Twist
+from distill import gather
+from loss import barlow_twins_terms, momentum_twist_loss, seed_loss, self_label_loss, twist_loss
+from model import BarlowTwins, Twist, build_student
 
 # Few pixels: a ReLU whose input is within rounding of 0 may flip, and with many of them one does.
 BATCH, SIZES = 24, {"two views": (16, 16), "multi-crop": (16, 16, 8, 8, 8)}
 
 
-def network_and_views(dtype, crops, bunch_size):
+def network_and_views(dtype, crops, bunch_size, kind):
     torch.manual_seed(0)
-    model = Twist("resnet8", num_classes=6, hidden_dim=16, bunch_size=bunch_size).to(dtype)
-    return model, [torch.randn(BATCH, 3, s, s, dtype=dtype) for s in SIZES[crops]]
+    if kind == "barlow":
+        model = BarlowTwins("resnet8", hidden_dim=16)
+        for layer in (1, 2, 3):          # residual branches begin at 0, and would have no gradient to compare
+            torch.nn.init.ones_(getattr(model.backbone, f"layer{layer}")[0].bn2.weight)
+    elif kind == "seed":
+        model = build_student(dict(arch="resnet8", small_images=False, embedding_dim=6))
+    else:
+        model = Twist("resnet8", num_classes=6, hidden_dim=16, bunch_size=bunch_size)
+    return model.to(dtype), [torch.randn(BATCH, 3, s, s, dtype=dtype) for s in SIZES[crops]]
+
+
+class Scalar(NamedTuple):
+    total: torch.Tensor
 
 
 def loss_of(kind, logits, views, riders=None):
@@ -24,6 +38,19 @@ def loss_of(kind, logits, views, riders=None):
     teacher = torch.stack([10 * view.flatten(1)[:, :logits.shape[-1]] for view in views[:2]])
     if kind == "twist":
         return twist_loss(logits, 0.4, 1.2, riders=riders)
+    if kind == "barlow":
+        return barlow_twins_terms(*logits, 0.05, riders=riders)
+    if kind == "seed":                   # as distill.py does; its collective is that of the queue
+        queue = torch.sin(torch.arange(60, dtype=logits.dtype)).view(10, 6)
+        loss = (seed_loss(logits[0], teacher[0], queue, 0.2, 0.1) +
+                seed_loss(logits[1:].flatten(0, 1), teacher[1:].repeat(len(logits) - 1, 1, 1).flatten(0, 1),
+                          queue, 0.2, 0.1))
+        if riders is not None:
+            news, told = gather(teacher, torch.cat([loss.detach()[None], riders.to(logits)]))
+            assert news.shape[1] == BATCH
+            riders.copy_(told[1:])
+            loss = loss + (told[0] - loss).detach()
+        return Scalar(loss)
     if kind == "momentum":
         return momentum_twist_loss(teacher, logits, 0.4, 1.2, riders=riders)
     # few images: with 4 processes one has none of them
@@ -31,7 +58,7 @@ def loss_of(kind, logits, views, riders=None):
 
 
 def one_process(dtype, crops, bunch_size, kind):
-    model, views = network_and_views(dtype, crops, bunch_size)
+    model, views = network_and_views(dtype, crops, bunch_size, kind)
     loss = loss_of(kind, model(views), views)
     loss.total.backward()
     state = {name: t for name, t in model.state_dict().items() if "running" in name}
@@ -43,8 +70,8 @@ def worker(rank, world_size, store, cases):
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
     calls, collectives = [], ("all_reduce", "all_gather")
     for case in cases:
-        *what, kind = case
-        model, views = network_and_views(*what)
+        kind = case[-1]
+        model, views = network_and_views(*case)
         ddp = DistributedDataParallel(model)
         mine = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         views = [view[mine] for view in views]
@@ -56,7 +83,7 @@ def worker(rank, world_size, store, cases):
         loss = loss_of(kind, logits, views, riders)
         for name, call in zip(collectives, real, strict=True):
             setattr(dist, name, call)
-        assert len(calls) == 1, "the loss needs one collective"
+        assert len(calls) == (2 if kind == "barlow" else 1), "the loss needs one collective, or two"
         calls.clear()
         assert riders[0] > 0 and riders[1] == 0, "a wish of one process is heard by all"
         loss.total.backward()
@@ -100,5 +127,6 @@ def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     cases = [(dtype, crops, bunch, "twist") for dtype in (torch.float64, torch.float32) for crops in SIZES
              for bunch in bunches]
     cases += [(dtype, "multi-crop", None, kind) for dtype in (torch.float64, torch.float32)
-              for kind in ("momentum", "self-label", "self-label, teacher")]
+              for kind in ("momentum", "self-label", "self-label, teacher", "seed")]
+    cases += [(dtype, "two views", None, "barlow") for dtype in (torch.float64, torch.float32)]
     mp.spawn(worker, (world_size, tmp_path / "store", cases), nprocs=world_size)

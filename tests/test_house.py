@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import model
 from checkpoint import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -44,10 +46,12 @@ def test_one_flag_has_one_type_and_one_help_text_everywhere():
 def test_every_flag_has_help_and_is_read(script):
     source = (ROOT / script).read_text()
     shared = (ROOT / "checkpoint.py").read_text() + (ROOT / "data.py").read_text()    # open_output, input_of
+    if "build_network(vars(args)" in source:
+        shared += inspect.getsource(model.build_twist)
     for flag, action in flags_of(script).items():
         assert action.help and "_" not in flag
         if action.help != argparse.SUPPRESS:
-            read = rf'args\.{action.dest}\b|config.get\("{action.dest}"\)'
+            read = rf'args\.{action.dest}\b|config.get\("{action.dest}"\)|names = .*"{action.dest}"'
             assert re.search(read, source + shared), f"{script} never reads {flag}"
 
 
@@ -67,7 +71,7 @@ def test_copies_in_the_stages_are_equal():
     functions = [rf"\ndef {name}\(.*?(?=\n\n\n)"
                  for name in ("finish", "write", "rng_state", "set_rng_state", "memory_mib")]
     trained = [script for script in STAGES if "--timeout" in flags_of(script)]
-    assert len(trained) == 4
+    assert len(trained) == 5
     for pattern in (*blocks, *functions):
         matches = [re.search(pattern, (ROOT / script).read_text(), re.DOTALL) for script in trained]
         assert all(matches) or pattern in functions, pattern

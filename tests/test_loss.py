@@ -5,8 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from loss import anchors, momentum_twist_loss, self_label_loss, twist_loss
+from loss import (
+    anchors,
+    barlow_twins_loss,
+    barlow_twins_terms,
+    momentum_twist_loss,
+    seed_loss,
+    seed_target,
+    self_label_loss,
+    twist_loss,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -208,3 +218,129 @@ def test_self_label_chooses_nothing_without_confidence():
         self_label_loss(z, 1.5)
     with pytest.raises(ValueError, match="logits: expected"):
         self_label_loss(z[0], 0.5)
+
+
+# ---------------------------------------------------------------- Barlow Twins
+def test_barlow_twins_values_and_gradients_are_the_published_ones():
+    g = np.load(GOLDEN / "barlow_twins_loss.npz")
+    z1, z2 = (torch.tensor(g[name], requires_grad=True) for name in ("z1", "z2"))
+    loss = barlow_twins_loss(z1, z2, float(g["lambd"]))
+    loss.backward()
+    assert loss.shape == ()
+    np.testing.assert_allclose(loss.item(), g["loss"], rtol=1e-5)
+    for z, name in ((z1, "grad1"), (z2, "grad2")):
+        assert np.abs(z.grad.numpy() - g[name]).max() < 1e-5 * np.abs(g[name]).max()
+
+
+def barlow_twins_by_definition(z1, z2, lambd, eps=1e-5):
+    z1, z2 = (F.batch_norm(z, None, None, training=True, eps=eps) for z in (z1, z2))
+    C = z1.T @ z2 / len(z1)
+    off = ~torch.eye(len(C), dtype=torch.bool)
+    return (C.diagonal() - 1).square().sum() + lambd * C[off].square().sum()
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 1000.0])
+def test_barlow_twins_by_its_definition(shift):
+    """Also far from 0, where the mean of squares and the square of the mean would cancel."""
+    torch.manual_seed(0)
+    z1, z2 = (2 * torch.randn(16, 5, dtype=torch.float64) + shift for _ in range(2))
+    expected = barlow_twins_by_definition(z1.requires_grad_(), z2.requires_grad_(), 0.3)
+    gradients = torch.autograd.grad(expected, (z1, z2))
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3 if shift > 100 else 1e-5)):
+        a, b = (z.detach().to(dtype).requires_grad_() for z in (z1, z2))
+        ours = barlow_twins_loss(a, b, 0.3)
+        assert ours.item() == pytest.approx(expected.item(), rel=tolerance)
+        for grad, reference in zip(torch.autograd.grad(ours, (a, b)), gradients, strict=True):
+            assert (grad - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def test_barlow_twins_closed_forms():
+    z = torch.tensor([[1., 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])              # uncorrelated columns
+    loss = barlow_twins_terms(z, 7 * z + 5, lambd=2, eps=0)
+    assert loss.invariance.item() == pytest.approx(0, abs=1e-9) and loss.redundancy.item() < 1e-9
+    loss = barlow_twins_terms(z, -z, lambd=2, eps=0)                                   # C = -1
+    assert loss.total.item() == pytest.approx(12)
+    same = z[:, :1].expand(-1, 3)                                                      # every C_ij = 1
+    assert barlow_twins_terms(same, same, lambd=2, eps=0).total.item() == pytest.approx(12)
+    constant = torch.full((4, 3), 1e3, requires_grad=True)                             # collapsed: C = 0
+    loss = barlow_twins_loss(constant, constant)
+    loss.backward()
+    assert loss.item() == pytest.approx(3) and constant.grad.isfinite().all()
+
+
+def test_barlow_twins_gradient_is_exact_and_half_precision_raised():
+    torch.manual_seed(0)
+    z1, z2 = (torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(barlow_twins_loss, (z1, z2))
+    half = [z.detach().bfloat16() for z in (z1, z2)]
+    assert barlow_twins_loss(*half).equal(barlow_twins_loss(*(z.float() for z in half)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert barlow_twins_loss(*(z.float() for z in half)).dtype == torch.float32
+    with pytest.raises(ValueError, match="z1, z2"):
+        barlow_twins_loss(z1, z2[:5])
+    riders = torch.tensor([0.25])
+    barlow_twins_terms(z1, z2, riders=riders)
+    assert riders == 0.25                                       # alone, the mean is its own
+
+
+# ---------------------------------------------------------------- SEED
+@pytest.mark.parametrize("i", range(2))
+def test_seed_values_and_gradients_are_the_published_ones(i):
+    g = np.load(GOLDEN / f"seed_loss_{i}.npz")
+    student, teacher, queue = (torch.tensor(g[name]) for name in ("student", "teacher", "queue"))
+    loss = seed_loss(student.requires_grad_(), teacher, queue, float(g["student_temperature"]),
+                     float(g["teacher_temperature"]))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), g["loss"], rtol=1e-5)
+    s, grad = student.detach(), torch.tensor(g["grad"])         # of unit vectors as leaves
+    s = s / s.norm(dim=1, keepdim=True)
+    tangential = grad - (grad * s).sum(1, keepdim=True) * s
+    assert (student.grad - tangential).abs().max() < 1e-5 * tangential.abs().max()
+
+
+def seed_inputs(B=6, D=5, K=9, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(n, D, dtype=dtype) for n in (B, B, K)]
+
+
+def test_seed_by_its_definition_whatever_the_lengths():
+    student, teacher, queue = seed_inputs()
+    cos = lambda a, b: (a @ b) / a.norm() / b.norm()                                  # noqa: E731
+    total = 0
+    for s, t in zip(student, teacher, strict=True):
+        of_student = torch.stack([cos(s, t), *(cos(s, q) for q in queue)]) / 0.3
+        of_teacher = torch.stack([cos(t, t), *(cos(t, q) for q in queue)]) / 0.1
+        total -= (of_teacher.softmax(0) * of_student.log_softmax(0)).sum() / len(student)
+    for scale in (1, 100):
+        ours = seed_loss(scale * student, teacher / scale, scale * queue, 0.3, 0.1)
+        torch.testing.assert_close(ours, total, rtol=1e-12, atol=0)
+
+
+def test_seed_limits():
+    """A cold teacher is InfoNCE with the positive as the label; a perfect student reaches the entropy."""
+    student, teacher, queue = seed_inputs()
+    s, t, q = (F.normalize(x, dim=1) for x in (student, teacher, queue))
+    logits = torch.cat([(s * t).sum(1, keepdim=True), s @ q.T], 1) / 0.2
+    info_nce = F.cross_entropy(logits, torch.zeros(len(s), dtype=torch.long))
+    torch.testing.assert_close(seed_loss(student, teacher, queue, 0.2, 1e-4), info_nce)
+    assert seed_target(teacher, queue, 1e-4)[:, 0].min() == 1
+    target = seed_target(teacher, queue, 0.2)
+    assert target.shape == (6, 10) and target.argmax(1).eq(0).all() and target[:, 0].max() < 0.9
+    torch.testing.assert_close(target.sum(1), torch.ones(6).double())
+    entropy = -(target * target.log()).sum(1).mean()
+    torch.testing.assert_close(seed_loss(teacher, teacher, queue, 0.2, 0.2), entropy)
+    assert seed_loss(student, teacher, queue, 0.2, 0.2) > entropy
+
+
+def test_seed_gradient_is_the_students_alone():
+    inputs = [x.requires_grad_() for x in seed_inputs()]
+    assert torch.autograd.gradcheck(lambda s: seed_loss(s, *inputs[1:], 0.2, 0.05), inputs[:1])
+    seed_loss(*inputs).backward()
+    assert inputs[0].grad.norm() > 0 and inputs[1].grad is None and inputs[2].grad is None
+    half = [x.detach().half() for x in inputs]
+    assert seed_loss(*half, 0.2, 1e-4).equal(seed_loss(*(x.float() for x in half), 0.2, 1e-4))
+    for bad in ((half[0][:3], *half[1:]), (half[0], half[1], half[2][:, :3])):
+        with pytest.raises(ValueError, match="expected student"):
+            seed_loss(*bad)
+    with pytest.raises(ValueError, match="temperatures"):
+        seed_loss(*half, teacher_temperature=0)

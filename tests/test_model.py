@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from filling import fill, fill_backbone, fill_noise, noise, sine_images
 
 from loss import twist_loss
 from model import (
     ARCHS,
+    BarlowTwins,
     BatchNorm,
     ProjectionHead,
     Twist,
     build_backbone,
+    build_network,
     bunch_layout,
+    remove_classifier,
     synchronize_batch_norms,
 )
 from optim import LARS, param_groups
@@ -95,8 +99,45 @@ def test_every_backbone_maps_images_to_features(arch, small_images):
         assert backbone.conv1.stride == (1, 1) and isinstance(backbone.maxpool, torch.nn.Identity)
 
 
+@pytest.mark.parametrize("arch, parameters", [      # torchvision's counts, less the last linear layer's
+    ("mobilenet_v3_large", 5_483_032 - 1_281_000), ("efficientnet_b0", 5_288_548 - 1_281_000),
+    ("efficientnet_b1", 7_794_184 - 1_281_000)])
+def test_small_networks_of_torchvision(arch, parameters):
+    backbone = build_backbone(arch).eval()
+    assert backbone.feature_dim == 1280 and backbone(torch.randn(2, 3, 64, 64)).shape == (2, 1280)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    with pytest.raises(ValueError, match=arch):
+        build_backbone(arch, small_images=True)
+
+
+def test_a_network_without_a_linear_head_is_named():
+    with pytest.raises(ValueError, match="SqueezeNet is no linear head"):
+        remove_classifier(torchvision.models.squeezenet1_0())
+
+
+def test_barlow_twins_has_the_published_projector():
+    """2048-8192-8192-8192 with batch norm and ReLU after the first two, no biases; branches begin at 0."""
+    with torch.device("meta"):
+        network = BarlowTwins("resnet50")
+    state = network.state_dict()
+    shapes = {name.removeprefix("projector."): list(t.shape) for name, t in state.items() if "proj" in name}
+    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert shapes.keys() == {"0.weight", "3.weight", "6.weight"} | {f"{i}.{n}" for i in (1, 4) for n in norm}
+    assert shapes["0.weight"] == [8192, 2048] and shapes["6.weight"] == shapes["3.weight"] == [8192, 8192]
+    assert {name.split(".")[0] for name in state} == {"backbone", "projector"}
+
+    config = dict(arch="resnet8", hidden_dim=12, small_images=False, loss="barlow")
+    network = build_network(config)
+    assert isinstance(network, BarlowTwins)
+    assert network.backbone.layer2[0].bn2.weight.eq(0).all() and network.backbone.bn1.weight.eq(1).all()
+    views = [torch.randn(6, 3, 16, 16) for _ in range(2)]
+    z = network(views)
+    assert z.shape == (2, 6, 12)
+    torch.testing.assert_close(z[1], network(views[::-1])[0])   # each view with its own statistics
+
+
 def test_unknown_arch_is_named():
-    with pytest.raises(ValueError, match="resnet9.*resnet50w5"):
+    with pytest.raises(ValueError, match="resnet9'.*resnet50w5"):
         build_backbone("resnet9")
     assert "resnet152" in ARCHS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import Twist
-from optim import LARS, cosine, param_groups, warmup_cosine
+from optim import LARS, cosine, param_groups, seed_lr, warmup_cosine
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -70,3 +70,14 @@ def test_warmup_starts_at_zero_and_reaches_peak_and_final():
     assert warmup_cosine(10, 100, 10, 2.0, 0.1) == pytest.approx(2.0)
     assert warmup_cosine(100, 100, 10, 2.0, 0.1) == pytest.approx(0.1)
     assert warmup_cosine(0, 100, 0, 2.0, 0.1) == pytest.approx(2.0)
+
+
+def test_seed_lr_is_the_published_one():
+    """200 epochs at batch 1024: five epochs from 0.03 to 0.12, then the rest of a cosine."""
+    lrs = [seed_lr(epoch, 200, 5, 0.03, 0.12) for epoch in range(201)]
+    assert lrs[:5] == pytest.approx([0.03, 0.048, 0.066, 0.084, 0.102])
+    assert lrs[5] == pytest.approx(0.06 * (1 + np.cos(np.pi / 40))) and lrs[100] == pytest.approx(0.06)
+    assert lrs[200] == pytest.approx(0, abs=1e-12)
+    lrs = [seed_lr(epoch, 200, 5, 0.03, 0.12, [120, 160]) for epoch in (4, 5, 119, 120, 160)]
+    assert lrs == pytest.approx([0.102, 0.12, 0.12, 0.012, 0.0012])
+    assert seed_lr(2, 200, 5, 0.03, 0.0075) < 0.03        # below batch 256 the warm-up falls, as published

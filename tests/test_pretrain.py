@@ -166,6 +166,39 @@ def test_multicrop_every_optimizer_and_ablation_trains(tmp_path):
         assert all(abs(loss) < 100 for loss in losses)
 
 
+def test_barlow_twins_trains_resumes_and_splits(tmp_path):
+    """The same stage with the other loss: killed, over two processes, evaluated; it has no classes."""
+    flags = f"{SMALL} --loss barlow --lambd 0.02 --bias-lr 0.1 --optimizer sgd --lr 0.1 --save-every 1"
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/straight")
+    first, *lines = log_lines(tmp_path / "straight")
+    entries = [line for line in lines if "loss" in line]
+    for e in entries:
+        assert e["loss"] == pytest.approx(e["invariance"] + 0.02 * e["redundancy"], rel=1e-4)
+        assert e["std_col"] > 0 and e["grad"] > 0 and not {"mi", "classes", "collapsed"} & e.keys()
+    assert entries[-1]["loss"] < 0.95 * entries[0]["loss"] and entries[-1]["knn_monitor"] > 0.5
+    assert (tmp_path / "straight/curves.png").stat().st_size > 1000
+    state = torch.load(tmp_path / "straight/checkpoint.pth", weights_only=True)
+    assert [round(group["lr"] * 1e9) for group in state["optimizer"]["param_groups"]] == [
+        round(entries[-1]["lr"] * 1e9), round(entries[-1]["lr"] * 1e8)]
+
+    process = start(f"pretrain.py {flags} --output-dir {tmp_path}/killed")
+    wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
+    process.kill()
+    process.communicate()
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/killed")
+    assert_same_weights(tmp_path / "straight", tmp_path / "killed")
+
+    run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
+        f"{flags} --output-dir {tmp_path}/two")
+    two = [line["loss"] for line in log_lines(tmp_path / "two") if "loss" in line]
+    one = [e["loss"] for e in entries]                          # rounding, amplified; test_ddp has it exact
+    assert two[0] == pytest.approx(one[0], rel=1e-4) and two == pytest.approx(one, rel=0.2)
+    for stage in ("cluster_eval.py", "selflabel.py"):
+        _, err = run(f"{stage} --checkpoint {tmp_path}/two/checkpoint.pth --output-dir {tmp_path}/no", code=2)
+        assert "holds no classes" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
+    run(f"knn.py --checkpoint {tmp_path}/two/checkpoint.pth --k 5 --output-dir {tmp_path}/knn")
+
+
 def test_momentum_encoder_and_drop_path_resume_exactly(tmp_path):
     """A ViT with noise of its own, killed and resumed; and the teacher is the average that it should be."""
     flags = ("--arch vit_t --num-local 1 --local-size 16 --ema 0.5 --drop-path 0.3 --alpha 0.4 --clip-norm 3 "
@@ -211,6 +244,8 @@ def test_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(tmp_path):
     ("--epochs 0", "epochs"), ("--bunch-size 24", "bunch size 24"), ("--batch-size 1024", "1024"),
     ("--lr nan", "lr"), ("--print-every 51", "print-every"), ("--resume nothing.pth", "nothing.pth"),
     ("--output-dir Makefile", "Makefile"), ("--num-local 2 --views barlow", "num-local"),
+    ("--loss barlow --num-local 1 --views multicrop", "--loss barlow"), ("--loss barlow --ema 0.9", "--ema"),
+    ("--lambd -1", "--lambd"), ("--arch mobilenet_v3_large --small-images", "mobilenet_v3_large"),
     ("--bunch_sise 3", "--bunch-sise"), ("@recipes/none.txt", "recipes/none.txt")])
 def test_bad_input_is_one_line_and_code_2(bad, names, tmp_path, capsys, monkeypatch):
     """In this process, as importing torch costs more than all else; the first, sound, command trains."""

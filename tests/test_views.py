@@ -24,6 +24,9 @@ PUBLISHED = {
                ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2)],
     "moco": [((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0),
              ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0)],
+    "moco-v1": [((0.2, 1), (0.4, 0.4, 0.4, 0.4), 0.2, 0.0, 0.0)] * 2,
+    "seed": [((0.14, 1), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0)] * 2 +
+            [((0.05, 0.14), (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0)],
     "selflabel": [((0.14, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0),
                   ((0.14, 1), (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2),
                   ((0.05, 0.14), (0.4, 0.4, 0.2, 0.1), 0.2, 0.5, 0.0)],
@@ -154,21 +157,26 @@ def test_recipes_are_the_published_ones():
         flat = [view for view, first, last in views.runs for _ in range(first, last)]
         assert len(VIEWS[name]) == len(published) and len(views) == 2 + num_local
         assert [view.size for view in flat] == [224] * 2 + [96] * num_local
-        assert len(views.runs) == {"barlow": 2, "moco": 1}.get(name, 3)   # equal ones are made together
+        runs = {"barlow": 2, "moco": 1, "moco-v1": 1, "seed": 2}          # equal ones are made together
+        assert len(views.runs) == runs.get(name, 3)
         for v, view in enumerate(flat):
             ours = (view.scale, view.jitter, view.gray, view.blur, view.solarize)
             assert ours == published[min(v, 2)], (name, v)
-            assert (view.flip, view.jitter_p) == (0.5, 0.8)
+            first = name == "moco-v1"                  # gray before the jitter, and this always
+            assert (view.flip, view.jitter_p, view.gray_first) == (0.5, 1 if first else 0.8, first)
             assert (view.ratio, view.sigma) == ((3 / 4, 4 / 3), (0.1, 2.0))
     with pytest.raises(UserError, match="--num-local 6: .*barlow"):
         build_views("barlow", (0.5,), (0.25,), 224, 96, 6)
+    seed = build_views("seed", (0.5,), (0.25,), 224, 96, 6, num_global=1)
+    assert [(view.size, view.scale, last - first) for view, first, last in seed.runs] == [
+        (224, (0.14, 1), 1), (96, (0.05, 0.14), 6)]
 
 
 @pytest.mark.parametrize("name, v", [(name, v) for name in VIEWS for v in range(len(VIEWS[name]))])
 def test_draw_has_the_distributions_of_the_recipe(name, v):
     view = RandomView(28, (0.5,), (0.25,), **VIEWS[name][v])
     p = draw(view, uniforms(ROWS, seed=v), 32, 32)
-    shares = dict(flip=0.5, jitter=0.8, gray=view.gray, blur=view.blur, solarize=view.solarize)
+    shares = dict(flip=0.5, jitter=view.jitter_p, gray=view.gray, blur=view.blur, solarize=view.solarize)
     for key, share in shares.items():
         standard_error = (share * (1 - share) / ROWS) ** 0.5                      # 0 for never and always
         assert abs(p[key].double().mean() - share) <= 4 * standard_error, key
@@ -205,6 +213,50 @@ def test_jitter_each_decides_for_every_operation_by_itself():
     chosen = p["jitter"].double()
     assert (chosen.mean(0) - 0.8).abs().max() < 4 * (0.16 / ROWS) ** 0.5
     assert (torch.corrcoef(chosen.T) - torch.eye(4)).abs().max() < 5 / ROWS ** 0.5
+
+
+def test_lighting_is_normal_along_the_colour_axes():
+    """Three independent normal numbers an image, 0.1 times as wide as ImageNet's colours, at any u."""
+    view, u = RandomView(28, (0.5,), (0.25,), (0.2, 1), lighting=0.1), uniforms(ROWS)
+    axes, widths = np.array(data.COLOUR_AXES), np.array(data.COLOUR_WIDTHS)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=5e-4)
+    assert axes[:, 0].std() < 0.01                                                # the widest is gray
+    noise = view.draw_lighting(u).numpy()
+    along = noise @ axes / (0.1 * widths)
+    for values in along.T:
+        assert stats.kstest(values, stats.norm.cdf).pvalue > SURE
+    assert np.abs(np.corrcoef(along.T) - np.eye(3)).max() < 5 / ROWS ** 0.5
+    ends = u[:2].clone()
+    ends[0], ends[1] = 0, 1 - 2 ** -24                         # of what is drawn
+    ends = view.draw_lighting(ends)
+    torch.testing.assert_close(ends[0], -ends[1])
+    assert 0.05 < ends.abs().max() < 0.2                       # 5.4 standard deviations
+
+
+def test_lighting_takes_numbers_that_nothing_else_reads():
+    view, u = RandomView(28, (0.5,), (0.25,), (0.2, 1), jitter=(0.4,) * 4, lighting=0.1), uniforms(100)
+    other = uniforms(100, seed=1)
+    other[:, 36:39] = u[:, 36:39]
+    assert view.draw_lighting(other).equal(view.draw_lighting(u))
+    other = u.clone()
+    other[:, 36:39] = 0
+    ours, theirs = draw(view, other, 32, 32), draw(view, u, 32, 32)
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_lighting_comes_last_and_on_colours_only():
+    """One number for each image and channel is added to pixels in 0..1, and what leaves that range stays."""
+    images, u = build_dataset("fake", "test").images[:40], uniforms(40)
+    mean, std = (0.45, 0.4, 0.5), (0.5, 0.2, 0.3)
+    kwargs = dict(scale=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, gray=0.3, blur=0.5, solarize=0.5)
+    dark, lit = (RandomView(24, mean, std, **kwargs, lighting=x) for x in (0, 0.1))
+    expected = (lit.draw_lighting(u) / torch.tensor(std))[:, :, None, None].expand(-1, -1, 24, 24)
+    torch.testing.assert_close(lit(images, u) - dark(images, u), expected, atol=2e-6, rtol=0)
+    pixels = lit(images, u) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    assert pixels.min() < -0.005 and pixels.max() > 1.005
+    gray = images[:, :1]
+    dark, lit = (RandomView(24, (0.4,), (0.2,), **kwargs, lighting=x) for x in (0, 0.1))
+    assert lit(gray, u).equal(dark(gray, u))
 
 
 @pytest.mark.parametrize("height, width, scale, fallback", [
@@ -246,11 +298,13 @@ def one_by_one(view, images, u):
     for i, image in enumerate(images):
         box = (p[key][i:i + 1] for key in ("top", "left", "height", "width"))
         x = data.crop_resize(image[None], *box, view.size, p["flip"][i:i + 1])
+        if p["gray"][i] and view.gray_first:
+            x = TF.rgb_to_grayscale(x, 3)
         for k in p["order"][i].tolist():
             name = ("brightness", "contrast", "saturation", "hue")[k]
             if p["jitter"][i, k] and (len(image) == 3 or k < 2):
                 x = getattr(TF, f"adjust_{name}")(x, p[name][i].item())
-        if p["gray"][i] and len(image) == 3:
+        if p["gray"][i] and len(image) == 3 and not view.gray_first:
             x = TF.rgb_to_grayscale(x, 3)
         if p["blur"][i]:
             x = data.gaussian_blur(x, p["sigma"][i].view(1, 1, 1, 1))
@@ -263,7 +317,7 @@ def one_by_one(view, images, u):
 
 
 @pytest.mark.parametrize("channels, recipe", [
-    (3, "barlow"), (3, "moco"), (3, "multicrop"), (1, "fashion-mnist"), (1, "barlow")])
+    (3, "barlow"), (3, "moco"), (3, "moco-v1"), (3, "multicrop"), (1, "fashion-mnist"), (1, "barlow")])
 def test_views_do_what_they_drew_in_the_published_order(channels, recipe):
     """With the rare operations made likely, so that each meets each."""
     images = build_dataset("fake", "train").images[:40, :channels]
