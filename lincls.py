@@ -72,8 +72,12 @@ def get_parser():
     add("--lrs", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0],
         help="learning rates at batch 256, scaled linearly")
     add("--weight-decays", type=float, nargs="+", default=[0.0], help="of weights and biases of the heads")
+    add("--nesterov", action="store_true", help="Nesterov's momentum")
+    add("--milestones", type=int, nargs="+",
+        help="epochs at which the learning rate falls to a tenth; None: cosine")
     add("--held-out", type=float, default=0.1, help="share of the training images that chooses")
     add("--min-scale", type=float, default=0.08, help="least share of the area in a random crop")
+    add("--jitter", action="store_true", help="colour jitter and lighting noise, as published for Feature1-5")
     add("--epochs", type=int, default=5, help="passes over the data")
     add("--batch-size", type=int, default=256, help="images in the GLOBAL batch")
     # run
@@ -98,11 +102,14 @@ def check(args, name, parts, world_size):
     for flag, low in least.items():
         if not low <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {low}")
-    for flag, values in (("lrs", args.lrs), ("weight-decays", args.weight_decays)):
+    for flag, values in (("lrs", args.lrs), ("weight-decays", args.weight_decays),
+                         ("milestones", args.milestones or [])):
         if not all(0 <= value < math.inf for value in values):
             raise UserError(f"--{flag} {' '.join(map(str, values))}: must be numbers from 0")
     if args.print_every > 50:
         raise UserError(f"--print-every {args.print_every}: at most 50; a wish to stop is heard as often")
+    if args.jitter and args.cached:
+        raise UserError("--jitter: --cached takes centre crops as they are; leave one of the two out")
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min-scale {args.min_scale}: must be above 0 and at most 1")
     if len(args.lrs) * len(args.weight_decays) > 1 and not len(held):
@@ -220,15 +227,17 @@ def head_losses(logits, labels):
 
 
 @torch.no_grad()
-def sgd_step(weights, velocities, lr, weight_decay, momentum=0.9):
+def sgd_step(weights, velocities, lr, weight_decay, momentum=0.9, nesterov=False):
     """SGD with momentum, as torch.optim.SGD's, of tensors [G, ...] with an lr [G] and a decay [G] a head.
 
         v <- momentum * v + g + weight_decay * w;  w <- w - lr * v
+    or, by Nesterov,                               w <- w - lr * (g + weight_decay * w + momentum * v)
     """
     for w, v in zip(weights, velocities, strict=True):
         shape = (-1,) + (1,) * (w.dim() - 1)
         v.mul_(momentum).add_(w.grad).addcmul_(w, weight_decay.view(shape))
-        w.addcmul_(v, lr.view(shape), value=-1)
+        step = w.grad.addcmul(w, weight_decay.view(shape)).add_(v, alpha=momentum) if nesterov else v
+        w.addcmul_(step, lr.view(shape), value=-1)
 
 
 # ---------------------------------------------------------------- evaluation by several processes
@@ -292,7 +301,8 @@ def main(args):
     train, held = map(whole.subset, hold_out(whole.labels, args.held_out, args.seed))
     check(args, name, (train, held, test), world_size)
     num_classes = len(train.class_names)
-    views = Views([(size, dict(scale=(args.min_scale, 1)))], mean, std)
+    jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if args.jitter else {}
+    views = Views([(size, dict(scale=(args.min_scale, 1), **jitter))], mean, std)
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -397,7 +407,10 @@ def main(args):
         losses = losses.detach()
         if world_size > 1:                                      # one collective, with all there is to say
             average([w.grad for w in weights] + [losses, stop])
-        sgd_step(weights, velocities, cosine(step // steps_per_epoch, args.epochs, 1, 0) * lrs, decays)
+        passed = step // steps_per_epoch                        # epochs
+        rate = (cosine(passed, args.epochs, 1, 0) if args.milestones is None
+                else 0.1 ** sum(milestone <= passed for milestone in args.milestones))
+        sgd_step(weights, velocities, rate * lrs, decays, nesterov=args.nesterov)
         if not (logging or saving):
             continue
 

@@ -13,9 +13,9 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import StochasticDepth
 
-ARCHS = ("resnet8", "resnet8_2x2", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-         "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b", "mobilenet_v3_large",
-         "efficientnet_b0", "efficientnet_b1")
+ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "resnet50", "resnet101",
+         "resnet152", "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b",
+         "mobilenet_v3_large", "efficientnet_b0", "efficientnet_b1")
 
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
@@ -278,9 +278,10 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
     arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
     stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
     each of the widths 32, 64, 128 behind a 5×5 stem; resnet8_2x2 keeps 2 × 2 places of its last map, which
-    makes 512 features of 128. vit_t, vit_s, vit_b: see ViT, drop_path is theirs. mobilenet_v3_large and
-    efficientnet_b0/b1 are torchvision's, with the dropout before their classifier. small_images: 3×3 stem
-    without stride and max-pool. Raises ValueError for an unknown arch, or small_images of what is no ResNet.
+    makes 512 features of 128, and resnet8w2_2x2 doubles every width. vit_t, vit_s, vit_b: see ViT, drop_path
+    is theirs. mobilenet_v3_large and efficientnet_b0/b1 are torchvision's, with the dropout before their
+    classifier. small_images: 3×3 stem without stride and max-pool. Raises ValueError for an unknown arch, or
+    small_images of what is no ResNet.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
@@ -290,8 +291,9 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
         heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch]
         return ViT(64 * heads, heads, drop_path=drop_path)
     if arch.startswith("resnet8"):
-        backbone = ResNet(BasicBlock, [1, 1, 1], [32, 64, 128], stem_width=32, stem_kernel=5, max_pool=False,
-                          pool=2 if arch == "resnet8_2x2" else 1)
+        w = 2 if "w2" in arch else 1
+        backbone = ResNet(BasicBlock, [1, 1, 1], [32 * w, 64 * w, 128 * w], stem_width=32 * w, stem_kernel=5,
+                          max_pool=False, pool=2 if arch.endswith("2x2") else 1)
     elif "w" in arch:
         w = int(arch[-1])
         backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)

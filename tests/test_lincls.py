@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -87,7 +88,8 @@ def predictions_of(folder):
 
 
 # ---------------------------------------------------------------- the heads
-def test_every_head_of_a_grid_is_the_one_that_torch_trains_alone():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_every_head_of_a_grid_is_the_one_that_torch_trains_alone(nesterov):
     """Five steps of Heads and sgd_step against nn.Linear and torch.optim.SGD, in float64."""
     torch.manual_seed(0)
     x, labels = torch.randn(5, 16, 12, dtype=torch.float64), torch.randint(0, 4, (5, 16))
@@ -99,11 +101,12 @@ def test_every_head_of_a_grid_is_the_one_that_torch_trains_alone():
     for step in range(5):
         heads.zero_grad()
         head_losses(heads(x[step]), labels[step]).sum().backward()
-        sgd_step(list(heads.parameters()), velocities, lrs, decays)
+        sgd_step(list(heads.parameters()), velocities, lrs, decays, nesterov=nesterov)
     for g, (lr, decay) in enumerate(grid[:4]):
         linear = nn.Linear(12, 4).double()
         linear.load_state_dict({name: value[0] for name, value in first.items()})
-        optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+        optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9, weight_decay=decay,
+                                    nesterov=nesterov)
         for step in range(5):
             optimizer.zero_grad()
             F.cross_entropy(linear(x[step]), labels[step]).backward()
@@ -156,6 +159,26 @@ def test_depths_have_the_published_sizes():
     assert pool_depth(image, 4)[0, 0, 0, 1] == image[0, 0, :6, 1:].mean()
     assert pool_depth(torch.zeros(1, 3, 4, 4), 3).shape == (1, 3, 3, 3)
     assert pool_depth(torch.zeros(1, 3, 2, 2), 3).shape == (1, 3, 2, 2)
+
+
+def test_depths_of_a_resnet50_at_224_pixels_are_the_published_ones():
+    """Places and numbers of Feature1-5 (Goyal et al. 2019; MMSelfSup 0.x), of torchvision's network, too."""
+    theirs, ours = torchvision.models.resnet50(), build_backbone("resnet50")
+    theirs.fc = nn.Identity()
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    for backbone in (theirs, ours):
+        names, read = build_reader(backbone.eval(), SimpleNamespace(depths=True, mean_of_patches=False))
+        with torch.no_grad():
+            found.append(read(torch.ones(1, 3, 224, 224)))
+    assert names == ["Feature1", "Feature2", "Feature3", "Feature4", "Feature5"]
+    assert [tuple(x.shape[1:]) for x in found[0]] == [
+        (64, 12, 12), (256, 6, 6), (512, 4, 4), (1024, 3, 3), (2048, 2, 2)]
+    assert [x[0].numel() for x in found[0]] == [9216, 9216, 8192, 9216, 8192]
+    for x, same in zip(*found, strict=True):
+        torch.testing.assert_close(x, same)
+        head = lincls.Heads(x, 1, 1000, norm=True)
+        assert head.norm.running_mean.shape == x.shape[1:2] and head.weight.shape == (1, 1000, x[0].numel())
 
 
 @pytest.mark.parametrize("arch, small_images", [("resnet18", False), ("resnet18", True), ("resnet8", False)])
@@ -218,10 +241,13 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
     assert "finished" in capsys.readouterr().out
 
 
-def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here):
-    """One head, nothing held out: nn.Linear, SGD, CosineAnnealingLR stepped by epoch, on the same crops."""
+@pytest.mark.parametrize("multi_head", [False, True])
+def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, multi_head):
+    """One head, nothing held out: nn.Linear, SGD, CosineAnnealingLR stepped by epoch, on the same crops; or
+    what was published for Feature1-5: Nesterov's momentum, steps, jitter, lighting."""
+    flags = "--nesterov --jitter --milestones 1 2 9" if multi_head else ""
     assert here(f"--checkpoint {network} --batch-size 64 --epochs 3 --lrs 0.8 --weight-decays 0.001 "
-                f"--held-out 0 --seed 5 --output-dir {tmp_path}") == 0
+                f"--held-out 0 --seed 5 --output-dir {tmp_path} {flags}") == 0
     metrics = metrics_of(tmp_path)
     assert metrics["num_train"] == 512 and [r["which"] for r in metrics["results"]] == ["last"]
 
@@ -229,14 +255,18 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here):
     backbone.eval().to(memory_format=torch.channels_last)
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train")
-    views = Views([(size, dict(scale=(0.08, 1)))], mean, std)
+    jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if multi_head else {}
+    views = Views([(size, dict(scale=(0.08, 1), **jitter))], mean, std)
     batches = Batches(dataset, 64, views, seed=5)
     linear = nn.Linear(128, 10)
     torch.manual_seed(5)
     linear.weight.data = torch.randn(10, 128) * 0.01
     linear.bias.data.zero_()
-    optimizer = torch.optim.SGD(linear.parameters(), lr=0.8 * 64 / 256, momentum=0.9, weight_decay=0.001)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.8 * 64 / 256, momentum=0.9, weight_decay=0.001,
+                                nesterov=multi_head)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    if multi_head:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 9], gamma=0.1)
     for step in range(3 * 8):
         with torch.no_grad():
             x = backbone(views(*batches[step])[0])
@@ -304,11 +334,13 @@ def heads_of(folder):
             **state["best"][0]["state"]}
 
 
-def test_killed_or_stopped_and_resumed_run_ends_with_the_same_heads(network, tmp_path, here):
-    command = f"{small(network, tmp_path / 'straight')} --epochs 5 --save-every 1"
+@pytest.mark.parametrize("flags", ["", "--milestones 1 3 --nesterov --jitter"])
+def test_killed_or_stopped_and_resumed_run_ends_with_the_same_heads(network, tmp_path, here, flags):
+    command = f"{small(network, tmp_path / 'straight')} --epochs 5 --save-every 1 {flags}"
     assert here(command) == 0
-    for name, signum in (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
-        command = f"{small(network, tmp_path / name)} --epochs 5 --save-every 1"
+    signals = (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM))[:1 if flags else 2]
+    for name, signum in signals:
+        command = f"{small(network, tmp_path / name)} --epochs 5 --save-every 1 {flags}"
         process, deadline = start(f"lincls.py {command}"), time.time() + 60
         while not (tmp_path / name / "checkpoint.prev.pth").exists():
             assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -354,7 +386,8 @@ def test_two_processes_on_cached_features(network, tmp_path, here):
 @pytest.mark.parametrize("bad, code, names", [
     ("", 0, None), ("--held-out 0", 2, "--held-out 0"), ("--held-out 1", 2, "--held-out 1"),
     ("--lrs 0.1 nan", 2, "--lrs"), ("--batch-size 600", 2, "only 462 images"),
-    ("--min-scale 0", 2, "min-scale"),
+    ("--min-scale 0", 2, "min-scale"), ("--milestones 1 -1", 2, "--milestones 1 -1"),
+    ("--milestones 0.5", 2, "--milestones"), ("--jitter --cached", 2, "--cached"),
     ("--mean-of-patches", 2, "not a ViT"), ("--epochs 0", 2, "--epochs"),
     ("--data {list}", 2, "has no labels"),
     ("--checkpoint none.pth", 2, "none.pth"), ("--resume {network}", 2, "another configuration"),

@@ -89,7 +89,7 @@ def test_three_training_steps_are_the_published_ones():
     np.testing.assert_allclose(running_mean_norm, g["running_mean_norm"], rtol=1e-8)
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet8_2x2", "resnet18", "resnet34"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34"])
 @pytest.mark.parametrize("small_images", [False, True])
 def test_every_backbone_maps_images_to_features(arch, small_images):
     backbone = build_backbone(arch, small_images).eval()

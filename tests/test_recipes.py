@@ -24,6 +24,11 @@ VIT = dict(optimizer="adamw", momentum=0.9, beta2=0.999, weight_decay=0.06, alph
            views="multicrop", epochs=300, warmup_epochs=10, amp="fp16")
 SELF_LABEL = dict(optimizer="lars", momentum=0.9, weight_decay=1.5e-6, views="selflabel", num_local=12,
                   quantile=0.5, quantile_end=0.6, epochs=50, warmup_epochs=5, ema=0)
+BARLOW = dict(loss="barlow", arch="resnet50", views="barlow", hidden_dim=8192, lambd=0.0051, batch_size=2048,
+              optimizer="lars", bias_lr=0.024, epochs=1000, warmup_epochs=10, weight_decay=1e-6, peak=1.6)
+SEED = dict(num_local=6, image_size=224, local_size=96, queue_size=65536, student_temperature=0.2,
+            teacher_temperature=1e-4, batch_size=256, optimizer="sgd", schedule="epochs", warmup_epochs=5,
+            weight_decay=1e-4, momentum=0.9, milestones=None, views="seed", peak=0.03)
 LINEAR = dict(weight_decays=[0], batch_size=1024, epochs=100, min_scale=0.08, held_out=0)
 # What was published, run by run; `peak` is the learning rate that training reaches.
 PUBLISHED = {
@@ -38,6 +43,19 @@ PUBLISHED = {
     "vit_s": dict(VIT, arch="vit_s", num_local=6, weight_decay_end=0.12, drop_path=0, peak=1.2e-3),
     "vit_b": dict(VIT, arch="vit_b", num_local=10, weight_decay_end=None, drop_path=0.1, peak=3e-3),
     "resnet50_1000_classes": dict(arch="resnet50", num_classes=1000, epochs=800),
+    "barlow_twins": BARLOW,
+    "barlow_twins_lincls": dict(weight_decays=[1e-6], batch_size=256, epochs=100, milestones=None,
+                                nesterov=False, jitter=False, depths=False, held_out=0, peak=0.3),
+    "barlow_twins_depths": dict(weight_decays=[1e-4], batch_size=256, epochs=90, milestones=[30, 60, 90],
+                                nesterov=True, jitter=True, depths=True, held_out=0, peak=0.01),
+    "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07),
+    "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
+                          costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
+    "seed_efficientnet_b0": dict(SEED, arch="efficientnet_b0", teacher_arch="resnet50w2", epochs=800),
+    "seed_mobilenet_v3_large": dict(SEED, arch="mobilenet_v3_large", teacher_arch="resnet50w2", epochs=800),
+    "seed_resnet50": dict(SEED, arch="resnet50", teacher_arch="resnet50w4", epochs=400),
+    "seed_lincls": dict(weight_decays=[0], batch_size=256, epochs=100, milestones=[60, 80], nesterov=False,
+                        held_out=0, peak=30),
     "resnet50_lincls": dict(LINEAR, peak=0.2),
     "vit_s_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.08),
     "vit_b_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.006),
@@ -48,13 +66,16 @@ PUBLISHED = {
     **{f"{arch}_semisup_100": dict(label_fraction=1, epochs=30, peak=0.01, head_lr=0.2, batch_size=256)
        for arch in ("resnet50", "resnet50w2", "vit_b")},
 }
-OURS = {"fashion_mnist", "fashion_mnist_representation", "fashion_mnist_selflabel", "fashion_mnist_lincls",
+OURS = {"fashion_mnist", "fashion_mnist_barlow", "fashion_mnist_teacher", "fashion_mnist_seed",
+        "fashion_mnist_representation", "fashion_mnist_selflabel", "fashion_mnist_lincls",
         "fashion_mnist_semisup_1", "fashion_mnist_semisup_10", "cifar10", "stl10"}
 SMALL = {       # what makes a stage small enough for a test, and 512 pictures two steps
     "pretrain": "--data fake --image-size 32 --local-size 16 --hidden-dim 16 --num-classes 12 --bunch-size 0 "
                 "--batch-size 256 --epochs 1 --warmup-epochs 1 --knn-every 0 --amp off",
     "selflabel": "--local-size 16 --num-local 2 --batch-size 256 --bunch-size 0 --epochs 1 --amp off",
     "lincls": "--batch-size 230 --epochs 1",        # a tenth may be held out
+    "distill": "--arch resnet8 --teacher-arch resnet8 --image-size 32 --local-size 16 --batch-size 256 "
+               "--queue-size 256 --epochs 1 --warmup-epochs 0 --amp off",
     "semisup": "--label-fraction 0.5 --batch-size 128 --epochs 1",
 }
 
@@ -68,7 +89,9 @@ def stage_of(recipe):
 
 def parsed(recipe, *more):
     module = stage_of(recipe)
-    needs = ["--checkpoint", "FILE"] if module.__name__ != "pretrain" else []
+    needs = {"pretrain": [], "distill": ["--teacher", "FILE"],
+             "svm": ["--checkpoint", "FILE", "--data", "VOC"]}
+    needs = needs.get(module.__name__, ["--checkpoint", "FILE"])
     return parse_args(module.get_parser(), [f"@{RECIPES[recipe]}", *needs, *more])
 
 
@@ -79,7 +102,7 @@ def test_every_recipe_is_known():
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_numbers_are_the_published_ones(recipe):
     args = vars(parsed(recipe))
-    rates = args.get("lrs") or [args["lr"]]
+    rates = args.get("lrs") or [args.get("lr", 0)]
     args["peak"] = rates[0] * args["batch_size"] / 256
     for key, value in PUBLISHED[recipe].items():
         assert args[key] == (pytest.approx(value) if isinstance(value, float) else value), key
@@ -98,14 +121,31 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+TRAINED = [recipe for recipe in RECIPES if stage_of(recipe).__name__ in SMALL]
+
+
+def test_a_recipe_that_trains_nothing(checkpoints, tmp_path):
+    """That of svm.py needs VOC: tests/test_svm.py makes a small one."""
+    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot"}
+    knn = stage_of("barlow_twins_knn")
+    with pytest.raises(SystemExit) as end:
+        run(knn.main, knn.get_parser(), [f"@{RECIPES['barlow_twins_knn']}", "--checkpoint",
+                                         str(checkpoints / "resnet8.pth"), "--output-dir", str(tmp_path)])
+    assert not end.value.code and (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_two_steps(recipe, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     module = stage_of(recipe)
     stage, arch = module.__name__, "vit_t" if recipe.startswith("vit") else "resnet8"
     flags = shlex.split(SMALL[stage])
+    if stage in ("pretrain", "distill"):
+        flags += ["--num-local", str(min(2, parsed(recipe).num_local))]
     if stage == "pretrain":
-        flags += ["--arch", arch, "--num-local", str(min(2, parsed(recipe).num_local))]
+        flags += ["--arch", arch]
+    elif stage == "distill":
+        flags += ["--teacher", str(checkpoints / f"{arch}.pth")]
     else:
         flags += ["--checkpoint", str(checkpoints / f"{arch}.pth")]
     with pytest.raises(SystemExit) as end:
