@@ -50,8 +50,9 @@ def main(args):
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
     arch, state = config["arch"], dict(backbone.state_dict())
-    if arch.startswith("vit") and args.format != "timm":
-        raise UserError(f"--format {args.format}: has no {arch}, or by other names; --format timm has")
+    its_own = "timm" if arch.startswith("vit") else "torchvision"
+    if not arch.startswith("resnet") and args.format != its_own:
+        raise UserError(f"--format {args.format}: has no {arch}, or by other names; --format {its_own} has")
     if args.format == "detectron2" and state["conv1.weight"].shape[-1] != 7:
         raise UserError(f"--format detectron2: its ResNets have a 7×7 stem, which this {arch} has not")
 

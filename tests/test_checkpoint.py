@@ -468,3 +468,8 @@ def test_export_of_a_run_and_what_it_refuses(ours, tmp_path, capsys):
         assert start(export, "--checkpoint", tmp_path / "vit.pth", "--arch", "vit_t", "--format", layout,
                      "--output", tmp_path / "vit.timm") == code
     assert "--format detectron2: has no vit_t" in capsys.readouterr().err
+    torch.save(build_backbone("mobilenet_v3_large").state_dict(), tmp_path / "mobile.pth")
+    for layout, code in (("timm", 2), ("detectron2", 2), ("torchvision", 0)):
+        assert start(export, "--checkpoint", tmp_path / "mobile.pth", "--arch", "mobilenet_v3_large",
+                     "--format", layout, "--output", tmp_path / "mobile.out") == code
+    assert "--format timm: has no mobilenet_v3_large" in capsys.readouterr().err
