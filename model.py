@@ -321,6 +321,13 @@ def remove_classifier(network):
     return network
 
 
+def zero_init_residual(backbone):
+    """Has every residual branch of a ResNet begin at 0: published of Barlow Twins, not of TWIST."""
+    for module in backbone.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+
+
 def multi_crop(backbone, views):
     """Features [V·B, feature_dim] of V views [B, 3, h, w]; consecutive views of one size share a pass."""
     features, start = [], 0
@@ -395,15 +402,12 @@ class BarlowTwins(nn.Module):
     """Backbone and projector of Barlow Twins (arXiv 2103.03230); names are the published ones.
 
     The projector has three linear layers of `hidden_dim`, without bias, the first two with batch norm and
-    ReLU; the batch norm of the embeddings belongs to the loss. Residual branches begin at 0, as published.
+    ReLU; the batch norm of the embeddings belongs to the loss.
     """
 
     def __init__(self, arch, hidden_dim=8192, small_images=False, drop_path=0.0):
         super().__init__()
         self.backbone = build_backbone(arch, small_images, drop_path)
-        for module in self.backbone.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
         layers = []
         for inputs in (self.backbone.feature_dim, hidden_dim):
             layers += [nn.Linear(inputs, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU()]

@@ -28,7 +28,7 @@ from checkpoint import UserError, open_log, open_output, run, save_checkpoint, w
 from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers
 from knn import extract_features, knn_predict
 from loss import barlow_twins_terms, momentum_twist_loss, twist_loss
-from model import ARCHS, build_network, bunch_layout
+from model import ARCHS, build_network, bunch_layout, zero_init_residual
 from optim import LARS, cosine, param_groups, warmup_cosine
 
 TERMS = ("consistency", "sharpness", "diversity", "invariance", "redundancy")       # of either loss
@@ -50,6 +50,7 @@ def get_parser():
     add("--hidden-dim", type=int, default=512, help="width of the head's hidden layers")
     add("--nbs", action=argparse.BooleanOptionalAction, default=True, help="batch norm before the softmax")
     add("--bunch-size", type=int, default=0, help="images that share one NBS; 0: the global batch")
+    add("--zero-init-residual", action="store_true", help="residual branches of a ResNet begin at 0")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of a ViT's last block, 0 to the first")
     add("--ema", type=float, default=0.0, help="momentum of a momentum encoder, to 1 by a cosine; 0: none")
     add("--export", default="teacher", choices=("teacher", "student"), help="whose backbone is backbone.pth")
@@ -168,6 +169,8 @@ def main(args):
 
     # ---------------------------------------------------------------- model
     model = build_network(vars(args), args.drop_path).to(device, memory_format=torch.channels_last)
+    if args.zero_init_residual:
+        zero_init_residual(model.backbone)
     last_linear = model.projector[-1] if args.loss == "barlow" else model.projection_heads.last_linear
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     teacher = None

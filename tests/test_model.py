@@ -22,6 +22,7 @@ from model import (
     bunch_layout,
     remove_classifier,
     synchronize_batch_norms,
+    zero_init_residual,
 )
 from optim import LARS, param_groups
 
@@ -116,7 +117,7 @@ def test_a_network_without_a_linear_head_is_named():
 
 
 def test_barlow_twins_has_the_published_projector():
-    """2048-8192-8192-8192 with batch norm and ReLU after the first two, no biases; branches begin at 0."""
+    """2048-8192-8192-8192 with batch norm and ReLU after the first two, no biases."""
     with torch.device("meta"):
         network = BarlowTwins("resnet50")
     state = network.state_dict()
@@ -129,11 +130,19 @@ def test_barlow_twins_has_the_published_projector():
     config = dict(arch="resnet8", hidden_dim=12, small_images=False, loss="barlow")
     network = build_network(config)
     assert isinstance(network, BarlowTwins)
-    assert network.backbone.layer2[0].bn2.weight.eq(0).all() and network.backbone.bn1.weight.eq(1).all()
     views = [torch.randn(6, 3, 16, 16) for _ in range(2)]
     z = network(views)
     assert z.shape == (2, 6, 12)
     torch.testing.assert_close(z[1], network(views[::-1])[0])   # each view with its own statistics
+
+
+@pytest.mark.parametrize("arch, last", [("resnet8", "bn2"), ("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_zero_init_residual_is_torchvisions(arch, last):
+    backbone = build_backbone(arch)
+    zero_init_residual(backbone)
+    zeros = {name for name, p in backbone.named_parameters() if name.endswith("weight") and p.eq(0).all()}
+    blocks = [name for name, module in backbone.named_modules() if hasattr(module, last)]
+    assert zeros == {f"{name}.{last}.weight" for name in blocks if name} and len(zeros) >= 3
 
 
 def test_unknown_arch_is_named():

@@ -92,6 +92,11 @@ def test_a_signal_saves(pretrained, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process, 143)
     assert "stopped by SIGTERM" in out and log_lines(tmp_path / "run")[-1]["status"].endswith("saved")
+    process = start(f"{command} --resume {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/other")
+    wait_for(tmp_path / "other" / "checkpoint.pth", process)   # --data is the first stage's, not repeated
+    process.kill()
+    process.communicate()
+    assert "resumed_from" in log_lines(tmp_path / "other")[0]
 
 
 def test_two_processes_equal_one(pretrained, tmp_path):
