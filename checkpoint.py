@@ -99,6 +99,18 @@ def open_output(args, stage):
     return lock, state
 
 
+def make_evaluation_folder(path):
+    """The output folder of an evaluation. Raises UserError if it holds a training run or cannot be made."""
+    out = Path(path)
+    if (out / "checkpoint.pth").exists():
+        raise UserError(f"--output-dir {out}: holds a training run; choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    return out
+
+
 def open_log(path):
     """log.jsonl to append to; half a line that a killed run left is cut off."""
     log = open(path, "a+")

@@ -29,7 +29,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 
-from checkpoint import UserError, load_twist, run, write_atomically
+from checkpoint import UserError, load_twist, make_evaluation_folder, run, write_atomically
 from data import CentreCrops, build_dataset, eval_batches
 from model import reestimate_batch_norms
 
@@ -539,13 +539,7 @@ def main(args):
             train = build_dataset(title, "train", seed, args.data_dir)
         if args.pixel_kmeans and dataset.images is None:
             raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
-    out = Path(args.output_dir)
-    if (out / "checkpoint.pth").exists():
-        raise UserError(f"--output-dir {out}: holds a training run; choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    out = make_evaluation_folder(args.output_dir)
 
     # ---------------------------------------------------------------- eval
     metrics = {"checkpoint": args.checkpoint, "predictions": args.predictions, "data": title, "split": split,

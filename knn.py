@@ -12,13 +12,12 @@ in memory.
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, load_pretrained, run, write_atomically
+from checkpoint import UserError, load_pretrained, make_evaluation_folder, run, write_atomically
 from data import build_dataset, eval_batches
 from model import ARCHS
 
@@ -128,13 +127,7 @@ def main(args):
         raise UserError(f"--temperature {args.temperature}: must be at least 0.002")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
-    out = Path(args.output_dir)
-    if (out / "checkpoint.pth").exists():
-        raise UserError(f"--output-dir {out}: holds a training run; choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    out = make_evaluation_folder(args.output_dir)
 
     # ------------------------------------------------------------------ eval
     train_features, features = (extract_features(backbone, eval_batches(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.transforms.functional import resize
 
-from checkpoint import UserError, load_pretrained, run, write_atomically
+from checkpoint import UserError, load_pretrained, make_evaluation_folder, run, write_atomically
 from data import input_of, normalize, read_picture
 from lincls import build_reader
 from model import ARCHS
@@ -98,7 +98,7 @@ def main(args):
     gram = (x.double() @ x[:len(y)].double().T + 1).numpy()     # [all images, those of trainval]
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")
-    out.mkdir(parents=True, exist_ok=True)
+    make_evaluation_folder(out)
     metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], shots={})
     for k in args.shots:
         aps = np.zeros((args.samples, len(args.costs)))

@@ -1,7 +1,7 @@
 """Fashion-MNIST: TWIST beside other methods: one backbone, one set of views, as many steps for each.
 
     pip install --no-deps lightly==1.6.0        SimCLR's and VICReg's losses, which need no more
-    python benchmarks/methods.py                goes on where it stopped; 15 minutes a seed, SEED aside
+    python benchmarks/methods.py                goes on where it stopped; some 20 minutes a seed
     python benchmarks/methods.py --methods TWIST "Barlow Twins" --seeds 0
 
 ACC: the 10,000 test images' predicted classes, matched to the true ones; of TWIST's own head, and of k-means

@@ -316,7 +316,7 @@ def test_other_networks_and_depths(here, network, voc, tmp_path):
     ("--depth 5", "--depth: must be 0 to 4"), ("--depth -1", "--depth: must"), ("--seed -1", "--seed: must"),
     ("--checkpoint none.pth", "none.pth"), ("--checkpoint {bare}", "--arch"),
     ("--checkpoint {bare} --arch resnet34", "is not this network"), ("--arch vit_t", "--arch vit_t"),
-    ("--output-dir {bare}", "bare.pth: is a file")])
+    ("--output-dir {bare}", "bare.pth: is a file"), ("--output-dir {bare}/x", "bare.pth/x: cannot be")])
 def test_bad_input_is_one_line(here, flags, names, tmp_path, capsys):
     torch.save(build_backbone("resnet18").state_dict(), tmp_path / "bare.pth")
     assert here(flags.format(bare=tmp_path / "bare.pth")) == 2
