@@ -437,7 +437,8 @@ def draw_curves(entries, args, path):
         unit, total = "nats", f"consistency + {args.alpha:g} · sharpness − {args.beta:g} · diversity"
     else:
         unit, total = "squared correlation", f"invariance + {args.lambd:g} · redundancy"
-    left.set(xlabel="step", ylabel=unit, title="the terms", ylim=(0, None))
+    axis = dict(ylim=(0, None)) if args.loss == "twist" else dict(yscale="log")     # D and D² summands
+    left.set(xlabel="step", ylabel=unit, title="the terms", **axis)
     right.set(xlabel="step", ylabel=unit, title=total)
     for axes in (left, right):
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
