@@ -5,17 +5,24 @@ Backbones are read from the files of other projects, too, with every name and sh
 """
 
 import argparse
+import errno
 import fcntl
+import io
 import json
 import os
+import pickletools
 import re
+import struct
 import sys
+import tarfile
 import zipfile
 from collections import Counter
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model import build_backbone, build_network
@@ -25,7 +32,8 @@ VERSION = 1
 FREE_FLAGS = {"workers", "print_every", "device", "amp", "output_dir", "timeout", "resume", "overwrite",
               "data_dir", "local_rank"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl",
-             "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt")
+             "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt",
+             "checkpoint.damaged.pth")
 
 
 class UserError(Exception):
@@ -41,57 +49,102 @@ def parse_args(parser, argv=None):
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = lambda line: _dashes(line.split("#")[0].split())
     parser.error = lambda message: _exit(parser.prog, message)
-    return parser.parse_args(_dashes(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(_dashes(sys.argv[1:] if argv is None else argv))
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > 2 ** 48:          # products with it must fit 64 bits
+                _exit(parser.prog, f"--{name.replace('_', '-')} {number}: too large a number")
+    return args
 
 
 def _dashes(words):
     return [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in words]
 
 
-def _exit(prog, message):
-    if os.environ.get("RANK", "0") == "0":       # all processes of a run make the same mistake: say it once
-        print(f"{prog}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _exit(prog, message, code=2):
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if dist.is_initialized():                    # from here on it may be the mistake of one process alone
+        message = f"rank {rank}: {message}" if dist.get_world_size() > 1 else message
+    elif local_rank != "0":                      # before, all make the same: it is said once on each machine
+        sys.exit(code)
+    try:
+        print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    except OSError:              # it goes to the disk that is full; the exit code is to be right all the same
+        pass
+    sys.exit(code)
 
 
 def run(main, parser, argv=None):
-    """What stands behind `python STAGE.py`: parse, run, report a UserError in one line with exit code 2."""
+    """What stands behind `python STAGE.py`: parse and run; what is not a bug is told in one line.
+
+    Exit code 2 for what the user can mend, a full disk and too little memory among it; 1 if another process
+    of the run was lost, which the same command mends; 130 for Ctrl-C before a run knows how to save.
+    """
+    args = parse_args(parser, argv)
     try:
-        sys.exit(main(parse_args(parser, argv)))
+        sys.exit(main(args))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:   # of a loader's worker the last line; the others are its traceback
         _exit(parser.prog, str(error).strip().splitlines()[-1].removeprefix("checkpoint.UserError: "))
+    except (OSError, MemoryError, RuntimeError) as error:
+        message, code = _explain(error, args)
+        if message is None:
+            raise
+        _exit(parser.prog, message, code)
+
+
+def _explain(error, args):
+    """(line, exit code) for an error of the machine rather than of the program; else (None, 1)."""
+    said, out = str(error).strip() or type(error).__name__, getattr(args, "output_dir", "")
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
+            place = error.filename or f"standard output, or the log in {out}"
+            return f"{place}: cannot be written ({error.strerror})", 2
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
+        return f"not enough memory ({said.splitlines()[0][:120]}); try a smaller --batch-size", 2
+    elif worker := re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)[^.]*", said):
+        return (f"{worker[0]}; short of memory? Try fewer --workers; the same command goes on from the last "
+                "checkpoint"), 1
+    elif dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|nccl", said, re.I)):
+        return (f"another process of this run died or did not answer within --timeout {args.timeout:g} s "
+                f"({said.splitlines()[0][:160]}); the same command goes on from the last checkpoint"), 1
+    return None, 1
 
 
 # ---------------------------------------------------------------- the output folder
 def open_output(args, stage):
     """Makes and locks args.output_dir; returns (lock, checkpoint to go on from or None). For one process.
 
-    Refuses (UserError) a folder in use, one used with another configuration, and with --resume never any used
-    one. Nothing is written before all of that is known. Keep `lock` for as long as the run lives.
+    Refuses (UserError) a folder in use, one of a run with another configuration, with --resume never any used
+    one, and one with files of these names that are no run's. Nothing is written before all of that is known.
+    A run that had not saved yet binds nobody: it is begun anew. Keep `lock` for as long as the run lives.
     """
     out = Path(args.output_dir)
     config = dict(vars(args), stage=stage)
     if out.exists() and not out.is_dir():
         raise UserError(f"--output-dir {out}: is not a folder")
-    lock = None
+    lock = state = None
     if out.is_dir():
         lock = _lock(out)
-        used = (out / "config.json").exists()
-        if used and args.resume == "never" and not args.overwrite:
-            raise UserError(f"--output-dir {out}: holds a run already; choose another or add --overwrite")
-        if used and not args.overwrite:
-            refuse_difference(json.loads((out / "config.json").read_text()), config, out)
-    state = None
+        there = [name for name in RUN_FILES if (out / name).exists()]
+        if there and not args.overwrite:
+            if not {"config.json", "checkpoint.pth", "checkpoint.prev.pth"} & set(there):
+                raise UserError(f"--output-dir {out}: holds {there[0]}, which no run wrote; choose another, "
+                                "or --overwrite replaces it")
+            if args.resume == "never":
+                raise UserError(f"--output-dir {out}: holds a run already; choose another or add --overwrite")
+            state = load_last_checkpoint(out)
+            if state is not None:
+                refuse_difference(state, config, out)
     if args.resume not in ("auto", "never"):
         state = load_checkpoint(args.resume)
-        refuse_difference(state.get("config", {}), config, args.resume)
-    elif args.resume == "auto" and not args.overwrite:
-        state = load_last_checkpoint(out)
+        refuse_difference(state, config, args.resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock or _lock(out)
         if state is None or args.overwrite:
-            for name in RUN_FILES:
+            for name in RUN_FILES[1:]:
                 (out / name).unlink(missing_ok=True)
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
     except OSError as error:
@@ -113,10 +166,25 @@ def make_evaluation_folder(path):
 
 def open_log(path):
     """log.jsonl to append to; half a line that a killed run left is cut off."""
-    log = open(path, "a+")
+    log = open(path, "a+b", buffering=0)                        # nothing is left over when the disk is full
     log.seek(0)
-    log.truncate(log.read().rfind("\n") + 1)
-    return log
+    log.truncate(log.read().rfind(b"\n") + 1)
+    return io.TextIOWrapper(log, write_through=True)
+
+
+def read_log(path):
+    """{step: entry} of a log's lines of training, of a step that was logged twice the later one.
+
+    Lines that a crash of the machine left damaged are passed over.
+    """
+    entries = {}
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+            entries |= {entry["step"]: entry} if "loss" in entry else {}
+        except (ValueError, KeyError, TypeError):
+            pass
+    return entries
 
 
 def _lock(out):
@@ -128,13 +196,18 @@ def _lock(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
+    except OSError as error:     # some network file systems
+        print(f"warning: {out} cannot be locked ({error.strerror}): mind that no other run uses it",
+              file=sys.stderr)
+    register_after_fork(lock, io.TextIOWrapper.close)          # readers of a killed run outlive it by seconds
     return lock
 
 
-def refuse_difference(before, now, where):
-    """Raises UserError that names every flag in which a run and its continuation must agree but do not."""
-    keys = sorted((before.keys() & now.keys()) - FREE_FLAGS)
-    different = [f"{key} was {before[key]}, is {now[key]}" for key in keys if before[key] != now[key]]
+def refuse_difference(state, config, where):
+    """Raises UserError that names the flags in which a checkpoint and its continuation must agree."""
+    before = {**state["config"], "stage": state.get("stage")}
+    keys = sorted((before.keys() & config.keys()) - FREE_FLAGS)
+    different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
     if different:
         raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); "
                         "use the same flags, another --output-dir, or --overwrite")
@@ -142,14 +215,31 @@ def refuse_difference(before, now, where):
 
 # ---------------------------------------------------------------- checkpoints
 def write_atomically(path, content):
-    """Writes bytes, or what torch.save makes of an object, beside `path`, flushes to disk, then renames."""
+    """Writes bytes, or what torch.save makes of an object, beside `path`, flushes to disk, then renames.
+
+    Raises UserError where that is not possible (a full disk, a folder that is gone); `path` is as it was.
+    """
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)              # the new name, too, is to outlive a power cut
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:                    # torch.save makes a RuntimeError of some
+        if "DataLoader worker" in str(error):                   # a reader that was killed just then
+            raise
+        try:
+            beside.unlink(missing_ok=True)                      # half a file, which would keep the disk full
+        except OSError:
+            pass
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); what was saved before is as it was") from None
 
 
 def save_checkpoint(path, state):
@@ -157,9 +247,12 @@ def save_checkpoint(path, state):
     path = Path(path)
     beside = path.with_name(path.name + ".new")
     write_atomically(beside, dict(state, version=VERSION))
-    if path.exists():            # between these renames there is only the previous one; resuming finds it
-        os.replace(path, path.with_name(path.stem + ".prev" + path.suffix))
-    os.replace(beside, path)
+    try:
+        if path.exists():        # between these renames there is only the previous one; resuming finds it
+            os.replace(path, path.with_name(path.stem + ".prev" + path.suffix))
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def load_checkpoint(path):
@@ -173,8 +266,12 @@ def load_checkpoint(path):
 
 
 def is_ours(content):
-    """Whether a file's content is a training checkpoint of this project."""
-    return isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("model", "config"))
+    """Whether a file's content is a training checkpoint of this project, its configuration one of flags."""
+    def plain(value):
+        return value is None or isinstance(value, (str, int, float))
+    return (isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("model", "config"))
+            and all(plain(value) or isinstance(value, list) and all(map(plain, value))
+                    for value in content["config"].values()))
 
 
 def load_twist(path):
@@ -192,22 +289,34 @@ def refuse_classless(config, path):
 
 def _build_ours(config, weights, path):
     try:
-        network = build_network(config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("meta"):               # sizes only: a configuration may claim any, and take them
+            problem = differences(build_network(config).state_dict(), weights)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
-    problem = differences(network.state_dict(), weights)
     if problem:
         raise UserError(f"{path}: not a network of this project ({problem})")
+    network = build_network(config)
     network.load_state_dict(weights)
     return network
 
 
 # ---------------------------------------------------------------- files of any project
+# What weights, optimizers and settings are pickled as. torch.load's own list is longer; with the rest of it a
+# small file can take any amount of memory (bytearray(10**11), torch.Tensor(10**11), hex of hex of ...).
+ALLOWED = {"collections OrderedDict", "collections Counter", "argparse Namespace", "__builtin__ set",
+           "torch Size", "torch device", "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2",
+           "torch._utils _rebuild_parameter",
+           *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool "
+             "ComplexFloat ComplexDouble".split()),
+           *(f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype))}
+OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"     # its first pickle, a number
+
+
 def read_file(path):
     """(content, verified) of a file that torch.save wrote, by whatever project; tensors on the CPU.
 
-    Nothing in it is run: weights_only, and of foreign types argparse.Namespace alone (published TWIST, DINO
-    and MAE files hold their flags in one). torch.load verifies no checksum, a flipped bit in a weight would
+    Nothing in it is run: weights_only, and of that only what ALLOWED names (published TWIST, DINO and MAE
+    files hold their flags in a Namespace). torch.load verifies no checksum, a flipped bit in a weight would
     load silently: those of a zip-format file are compared first. Files of torch before 1.6 have none; they
     are read, but not `verified`. Raises UserError for everything that cannot be read.
     """
@@ -215,53 +324,99 @@ def read_file(path):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        verified = _check_records(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:           # once: what was checked is what is loaded, whoever writes
+            verified = file.read(4) == b"PK\3\4"        # by these torch.load, too, tells the formats apart
+            found = _check_records(file) if verified else _check_old(file)
+            foreign = sorted(name.replace(" ", ".") for name in found - ALLOWED)
+            if foreign:
+                raise UserError(f"{path}: holds objects beside weights, which could run code and are not "
+                                f"read: {_first(foreign, 9)}; save the state dict alone in the project that "
+                                "wrote it, by torch.save(model.state_dict(), FILE)")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        stored = {}
         for name, tensor in _tensors(content).items():   # a stride of 0 makes 10^12 weights of one number
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            storage = tensor.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+            if tensor.numel() * tensor.element_size() > storage.nbytes():
                 raise ValueError(f"{name} claims more bytes than are stored")
+        if sum(stored.values()) > size:
+            raise ValueError("claims more bytes than the file has")
+    except UserError:
+        raise
     except Exception as error:   # whatever a damaged file makes zipfile or the unpickler raise
-        foreign = _foreign_objects(path, error)
-        if foreign:
-            raise UserError(f"{path}: holds objects beside weights, which could run code and are not read: "
-                            f"{', '.join(foreign)}; save the state dict alone in the project that wrote "
-                            "it, by torch.save(model.state_dict(), FILE)") from None
         said = re.findall(r"WeightsUnpickler error:\s*(.+)", str(error)) or str(error).strip().splitlines()
         raise UserError(f"{path}: not a readable checkpoint "
                         f"({said[0] if said else type(error).__name__})") from None
     return content, verified
 
 
-def _check_records(path):
-    """True: a zip-format file whose checksums are right; False: another format. Raises ValueError."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":               # by these torch.load, too, tells the formats apart
-            return False
-    if not zipfile.is_zipfile(path):
+def _check_records(file):
+    """Names of the types in a zip-format file. Raises ValueError unless its checksums are right.
+
+    zipfile reads it here and torch's own code later, so a file that the two could understand differently is
+    refused: one central directory, right before the end, no two records of a name, whatever its case.
+    """
+    if not zipfile.is_zipfile(file):
         raise ValueError("not a zip-format PyTorch file, or cut short")
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(-98, os.SEEK_END)              # zip64's end record 56, where that is 20, the end record 22
+        tail = file.read()
+        zip64 = tail[56:60] == b"PK\6\7"
+        directory, = struct.unpack("<Q", tail[48:56]) if zip64 else struct.unpack("<I", tail[92:96])
+        if (tail[76:80] != b"PK\5\6" or tail[96:] != b"\0\0" or directory != archive.start_dir or
+                zip64 and struct.unpack("<Q", tail[64:72]) != (size - 98,)):
+            raise ValueError("has bytes before or after what it says that it holds")
+        if (len({record.filename.lower() for record in records}) < len(records) or
+                any(record.filename != record.orig_filename for record in records)):
+            raise ValueError("has two records of one name")
+        if any(record.external_attr & 16 or          # a folder: torch leaves its memory as it happens to be
+               record.extra and len(record.extra) != 4 + int.from_bytes(record.extra[2:4], "little")
+               for record in records):
+            raise ValueError("has records that another program than PyTorch wrote")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("has compressed records")
-        if sum(record.file_size for record in records) > path.stat().st_size:
+        if (any(record.compress_size != record.file_size for record in records) or
+                sum(record.file_size for record in records) > size):
             raise ValueError("claims more bytes than the file has")
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"checksum of {damaged} is wrong")
-    return True
+        pickles = [record for record in records if record.filename.lower().endswith(".pkl")]
+        return set().union(*(_globals(archive.read(record)) for record in pickles))
 
 
-def _foreign_objects(path, error):
-    """Names of the types in a file that are not allowed; none where that is not what `error` is about."""
-    first = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if not first:
-        return []
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except ValueError:           # the old format: only the first is known
-        return [first[1]]
+def _check_old(file):
+    """Names of the types in a file of torch before 1.6: five pickles, of which the fourth is the content."""
+    file.seek(0)
+    is_old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+    file.seek(0)
+    if not is_old or tarfile.is_tarfile(file):   # torch.load tries tar, torch's format before 0.1.11, first
+        raise ValueError("not a PyTorch file, or cut short")
+    file.seek(0)
+    return set().union(*(_globals(file) for _ in range(5)))
+
+
+def _globals(pickled):
+    """{'module name'} of all that a pickle, bytes or the next of a file, wants to call or make. Runs nothing.
+
+    Raises ValueError for more parts than any network has: some of one byte take hundreds in memory, and to
+    hash tuples within tuples takes a stack that 100,000 of them exceed.
+    """
+    found, ops = set(), Counter()
+    for op, value, _ in pickletools.genops(pickled):
+        ops["TUPLE" if op.name.startswith("TUPLE") else "all"] += 1
+        if ops["TUPLE"] > 50_000 or ops["all"] > 2_000_000:
+            raise ValueError("has more parts than a network's file")
+        if op.name == "GLOBAL":
+            found.add(value)
+        elif op.name == "PROTO" and value != 2:
+            raise ValueError(f"is pickled by protocol {value}, not by torch.save's 2")
+    return found
 
 
 def _tensors(content):
@@ -272,8 +427,11 @@ def _tensors(content):
         if isinstance(part, torch.Tensor):
             tensors[".".join(path)] = part
         elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            if len(path) > 1000:
+                raise ValueError("is nested too deeply")
             seen.add(id(part))                              # a pickle may hold itself
-            items = part.items() if isinstance(part, dict) else enumerate(part)
+            # an OrderedDict of a file may have an attribute `items` of its own
+            items = dict.items(part) if isinstance(part, dict) else enumerate(part)
             inner = [(path + tuple(w for w in str(k).split(".") if w != "_orig_mod"), v) for k, v in items]
             todo += reversed(inner)
     return tensors
@@ -296,7 +454,7 @@ def differences(expected, found):
 
 
 def _first(names, count):
-    names = list(map(str, names))
+    names = ["".join(c if c.isprintable() else "?" for c in str(name)) for name in names]
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
@@ -530,14 +688,24 @@ def _build_head(tensors, act, where):
 
 
 def load_last_checkpoint(out):
-    """The newest readable checkpoint of a run's folder, or None if it has none."""
+    """The newest readable checkpoint of a run's folder, or None if it has none.
+
+    If that is the previous one, the damaged one is moved to checkpoint.damaged.pth: where it is, the next
+    save would put it in the place of the only good one.
+    """
     paths = [path for path in (out / "checkpoint.pth", out / "checkpoint.prev.pth") if path.exists()]
     for i, path in enumerate(paths):
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
         except UserError as error:
             if i + 1 == len(paths):
                 raise
             print(f"warning: {error}; going back to {paths[i + 1].name}", file=sys.stderr)
+            continue
+        if i > 0:
+            try:
+                os.replace(paths[0], out / "checkpoint.damaged.pth")
+            except OSError as error:
+                raise UserError(f"{paths[0]}: damaged, and cannot be moved ({error.strerror})") from None
+        return state
     return None
-

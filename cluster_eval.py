@@ -252,18 +252,23 @@ def read_predictions(path):
     noise, as scikit-learn's DBSCAN says it, and become -1. Raises UserError that names the column.
     """
     path, found = Path(path), {}
+    if path.suffix not in (".csv", ".npz"):
+        raise UserError(f"--predictions {path}: expected a .csv or .npz file")
     try:
         if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as file:              # a megabyte of it may hold a gigabyte of zeros
+                unpacked = sum(record.file_size for record in file.infolist())
+            if unpacked > max(2 ** 30, 100 * path.stat().st_size):
+                raise ValueError(f"would take {unpacked / 2 ** 30:,.0f} GB of memory; save it by np.savez, "
+                                 "which does not compress")
             with np.load(path) as file:
-                found = {name: file[name] for name in file.files}
-        elif path.suffix == ".csv":
+                found = {name: np.asarray(file[name]) for name in file.files}
+        else:
             with open(path, newline="") as file:
                 rows = list(csv.reader(file))
             for name, *column in zip(*rows, strict=True):
                 found[name.strip()] = _column(column)
-        else:
-            raise UserError(f"--predictions {path}: expected a .csv or .npz file")
-    except (OSError, ValueError, zipfile.BadZipFile, csv.Error) as error:
+    except Exception as error:   # whatever a damaged or hostile file makes zipfile and numpy raise
         raise UserError(f"--predictions {path}: cannot be read ({error})") from None
 
     def take(*names):
@@ -486,7 +491,7 @@ def read_mapping(path, num_clusters, class_names):
     try:
         metrics = json.loads(Path(path).read_text())
         mapping, names = metrics["mapping"], metrics["class_names"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
     matched = [k for k in mapping if k != -1] if isinstance(mapping, list) else [None]
     classes = range(len(names)) if isinstance(names, list) else ()
@@ -536,7 +541,7 @@ def main(args):
         if args.map_from:
             mapping, class_names = read_mapping(args.map_from, num_clusters, class_names)
         if args.bn_images:
-            train = build_dataset(title, "train", seed, args.data_dir)
+            train = dataset if split == "train" else build_dataset(title, "train", seed, args.data_dir)
         if args.pixel_kmeans and dataset.images is None:
             raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
     out = make_evaluation_folder(args.output_dir)
@@ -551,9 +556,15 @@ def main(args):
             batch = len(drawn) // max(1, round(len(drawn) / args.batch_size))     # all of one size, or nearly
             train = train.subset(torch.from_numpy(drawn[:len(drawn) // batch * batch]))
             reestimate_batch_norms(network, eval_batches(train, config, device, batch, args.workers))
-            remarks.append(f"batch-norm statistics are those of {len(train):,} training images")
+            remarks.append(f"batch-norm statistics are those of {len(train.readable()):,} training images")
         batches = eval_batches(dataset, config, device, args.batch_size, args.workers)
         features, probabilities = predict(network, batches)               # [N, feature_dim], [N, K]
+        dataset = dataset.readable()
+        metrics["num_broken"] = num_images - len(dataset)
+        if metrics["num_broken"]:
+            metrics["num_images"] = num_images = len(dataset)
+            labels = None if labels is None else dataset.labels.numpy()
+            remarks.append(f"{metrics['num_broken']} broken pictures left out")
         if not np.isfinite(probabilities).all():
             raise UserError(f"{args.checkpoint}: the network's output is not finite; take an earlier one")
         predictions = probabilities.argmax(1)

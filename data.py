@@ -10,7 +10,10 @@ the number of processes and workers, and wherever it was stopped.
 
 import gzip
 import os
-from dataclasses import dataclass
+import stat
+import sys
+import warnings
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from checkpoint import UserError
@@ -32,6 +35,9 @@ INPUTS = {                       # built-in data sets: pixels, and mean and std 
 }
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # of picture files: ImageNet's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# what may be opened, whatever a file is called: of an EPS, for one, Pillow would start another program
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
+MOST_BROKEN, ONE_IN = 10, 100    # pictures of a set that may be broken: so many, or one in so many if more
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
@@ -40,29 +46,75 @@ FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", 
 COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
 UNIFORMS = 40                    # random numbers in one view of one image, see RandomView
+warnings.filterwarnings("ignore", module=r"PIL\.")         # of odd files, which are read all the same
 
 
 # ---------------------------------------------------------------- data sets
 @dataclass
 class ImageSet:
-    """N images: uint8 [N, C, H, W], or None and the paths of N picture files; labels: int64 [N] or None."""
+    """N images: uint8 [N, C, H, W], or None and the paths of N picture files; labels: int64 [N] or None.
+
+    A file that cannot be read is named once, counted, and given as None: training takes another in its place
+    (Batches), evaluation leaves it out and goes on with `readable()`. Too many of them end the run.
+    """
     images: torch.Tensor | None
     labels: torch.Tensor | None
     class_names: list | None
     paths: np.ndarray | None = None               # of bytes; of a list every worker would come to own a copy
+    broken: torch.Tensor | None = None            # bool, of the set that this is a part of; workers share it
+    places: torch.Tensor | None = None            # int64 [N], in that set
+
+    def __post_init__(self):
+        if self.images is None and self.broken is None:
+            self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+            self.places = torch.arange(len(self))
 
     def __len__(self):
         return len(self.paths if self.images is None else self.images)
 
     def __getitem__(self, index):
-        """Image uint8 [C, H, W], a file's as large as it is."""
-        return read_picture(os.fsdecode(self.paths[index])) if self.images is None else self.images[index]
+        """Image uint8 [C, H, W], a file's as large as it is; None: it is broken."""
+        if self.images is not None:
+            return self.images[index]
+        if self.broken[self.places[index]]:
+            return None
+        try:
+            return read_picture(os.fsdecode(self.paths[index]))
+        except UserError as error:
+            self._note(self.places[index], error)
+
+    def _note(self, place, error):
+        """Marks a file as broken. Raises UserError if too many of the whole set are."""
+        if self.broken[place]:                    # by another worker, just now
+            return
+        self.broken[place] = True
+        number, count = len(self.broken), int(self.broken.sum())
+        most = max(MOST_BROKEN, number // ONE_IN)
+        print(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops",
+              file=sys.stderr, flush=True)
+        if count > most:
+            raise UserError(f"--data: {count:,} of {number:,} pictures cannot be read, more than {most:,}; "
+                            "mend or remove them, each is named above")
+
+    def tally(self):
+        """For a line of the log: {"num_broken": files that have turned out to be broken}, {} if none has."""
+        num_broken = int((~self.is_readable).sum())
+        return {"num_broken": num_broken} if num_broken else {}
+
+    @property
+    def is_readable(self):
+        """Bool [N]: False for a file that has turned out to be broken."""
+        return torch.ones(len(self)) > 0 if self.images is not None else ~self.broken[self.places]
+
+    def readable(self):
+        """The images that have not turned out to be broken."""
+        return self if self.images is not None else self.subset(self.is_readable)
 
     def subset(self, index):
-        """The images of a slice or an array of indices."""
-        images, labels, paths = (x if x is None else x[index]
-                                 for x in (self.images, self.labels, self.paths))
-        return ImageSet(images, labels, self.class_names, paths)
+        """The images of a slice, an array of indices, or a mask."""
+        images, labels, paths, places = (x if x is None else x[index]
+                                         for x in (self.images, self.labels, self.paths, self.places))
+        return ImageSet(images, labels, self.class_names, paths, self.broken, places)
 
 
 def input_of(config):
@@ -77,8 +129,13 @@ def build_dataset(name, split, seed=0, data_dir="datasets"):
     name: fashion-mnist (embedded); fake; cifar10, cifar100, stl10 (torchvision's files in data_dir); or a
     path: a folder with train/class/* and val/class/*, or class/*, or pictures without classes, or a list (see
     _read_list); train.txt and val.txt in a folder are lists, too. Without such parts all is in every split.
-    split: train, test (that is val, too), or pretrain: train, and of stl10 the unlabelled part with it.
+    split: train, test (that is val, too), or pretrain: train without labels, and of stl10 the unlabelled part
+    with it.
     """
+    if seed < 0:                 # as numpy's generators, which everything is drawn by, refuse it
+        raise UserError(f"--seed {seed}: must be at least 0")
+    if split == "pretrain" and name != "stl10":
+        return replace(build_dataset(name, "train", seed, data_dir), labels=None)
     train = split != "test"
     if name == "fashion-mnist":
         part = "train" if train else "t10k"
@@ -97,8 +154,14 @@ def build_dataset(name, split, seed=0, data_dir="datasets"):
     if not os.path.exists(name):
         raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list")
     paths, labels, class_names = _find_pictures(Path(name), train)
-    return ImageSet(None, None if labels is None else torch.tensor(labels), class_names,
+    return ImageSet(None, None if labels is None else torch.tensor(labels),
+                    class_names and [printable(name) for name in class_names],
                     np.array([os.fsencode(path) for path in paths]))
+
+
+def printable(name):
+    """A name of a file with what is not to be printed, newlines or bytes that are no UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _torchvisions(name, split, data_dir):
@@ -116,7 +179,7 @@ def _torchvisions(name, split, data_dir):
                         f'python -c "{code}"') from None
     images = found.data if name == "stl10" else np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
     labels = torch.as_tensor(found.labels if name == "stl10" else found.targets).long()
-    return ImageSet(torch.from_numpy(images), labels if labels.min() >= 0 else None, list(found.classes))
+    return ImageSet(torch.from_numpy(images), None if split == "pretrain" else labels, list(found.classes))
 
 
 def _find_pictures(data, train):
@@ -153,9 +216,11 @@ def _scan(folder):
     flat = len(folders) < 2 or any(entry.suffix.lower() in SUFFIXES for entry in entries if entry.is_file())
     paths, labels = [], []
     for label, top in enumerate([folder] if flat else folders):
-        before = len(paths)
+        before, seen = len(paths), {os.path.realpath(top)}
         for parent, inner, files in os.walk(top, followlinks=True, onerror=_fail):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(inner)}
+            inner[:] = [name for name in real if not name.startswith(".") and real[name] not in seen]
+            seen.update(real[name] for name in inner)             # a link may lead back to where it stands
             paths += [os.path.join(parent, name) for name in sorted(files)
                       if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         if len(paths) == before:
@@ -215,15 +280,20 @@ def read_picture(path):
     """A picture file as uint8 [3, H, W]: of several frames the first, turned as EXIF says, without alpha.
 
     By Pillow: torchvision's JPEG decoder is hardly faster (0.85 for 0.95 ms), and deprecated since 0.29.
+    Raises UserError, of one line, for whatever is not one.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe is to wait for its other end
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):           # 16 bits, which Pillow would clip to 8
                 image = Image.fromarray(np.clip(np.asarray(image) / 257, 0, 255).round().astype(np.uint8))
-            ImageOps.exif_transpose(image, in_place=True)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:   # whatever a damaged file makes a decoder raise
-        raise UserError(f"{path}: not a readable picture ({error})") from None
+        reason = (f"none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else
+                  getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        raise UserError(printable(f"{path}: not a readable picture ({reason})")) from None
 
 
 class Batches(torch.utils.data.Dataset):
@@ -231,7 +301,8 @@ class Batches(torch.utils.data.Dataset):
 
     images: uint8 [B, C, H, W] of a set in memory; of files a list of V crops, uint8 [B, 3, h, w]. Each epoch
     is a permutation from (seed, epoch) cut into steps of the global batch, the rest dropped. As the loader
-    maps steps to batches, a run resumes by starting its sampler elsewhere, with any workers.
+    maps steps to batches, a run resumes by starting its sampler elsewhere, with any workers. In the place of
+    a broken file stands another, which is a function of (seed, index).
     """
 
     def __init__(self, dataset, batch_size, views, seed, rank=0, world_size=1):
@@ -254,8 +325,32 @@ class Batches(torch.utils.data.Dataset):
         uniforms = rng.random((len(self.views), self.batch_size, UNIFORMS), dtype=np.float32)[:, self.mine]
         uniforms = torch.from_numpy(uniforms)
         if self.dataset.images is None:
-            return self.views.crop([self.dataset[i] for i in indices], uniforms), uniforms
+            pictures = [self.dataset[i] for i in indices]
+            pictures = [self.stand_in(i, self.dataset.__getitem__) if picture is None else picture
+                        for i, picture in zip(indices, pictures, strict=True)]
+            return self.views.crop(pictures, uniforms), uniforms
         return self.dataset.images[indices], uniforms
+
+    def stand_in(self, index, find):
+        """find(i) for a readable image i in the place of the broken one `index`, of the same class if known.
+
+        The first of an order drawn by the index for which find(i) is not None. Raises UserError if none is.
+        """
+        labels = self.dataset.labels              # of the set with gaps: indices(step) says which labels
+        others = (torch.arange(len(self.dataset)) if labels is None else
+                  (labels == labels[index]).nonzero()[:, 0])
+        order = np.random.default_rng([self.seed, 8, int(index)]).permutation(others)
+        found = next((x for x in map(find, order) if x is not None), None)
+        if found is None:
+            of_class = "" if labels is None else f" of class '{self.dataset.class_names[labels[index]]}'"
+            raise UserError(f"--data: none of the {len(order):,} pictures{of_class} can be read")
+        return found
+
+    def readable_rows(self):
+        """For each image its row in dataset.readable(), for a broken one that of its stand-in: int64 [N]."""
+        row = {int(i): n for n, i in enumerate(self.dataset.is_readable.nonzero()[:, 0])}
+        return torch.tensor([row[i] if i in row else self.stand_in(i, row.get)
+                             for i in range(len(self.dataset))])
 
 
 def num_workers(wanted, dataset, world_size=1):
@@ -264,6 +359,12 @@ def num_workers(wanted, dataset, world_size=1):
         return max(0, wanted)
     processes = min(world_size, torch.cuda.device_count() or world_size)          # on this machine
     return max(1, (os.cpu_count() or 1) // processes)
+
+
+def own_group(worker):
+    """For a process that prepares batches: what torchrun or a terminal sends to a whole group, a wish to stop
+    above all, is for the run itself; a reader would die of it, and the run of that."""
+    os.setpgrp()
 
 
 def normalize(images, mean, std):
@@ -282,7 +383,10 @@ class CentreCrops(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
+        """uint8 [3, size, size]; None: it is broken."""
         image = self.dataset[index]
+        if image is None:
+            return None
         H, W = image.shape[-2:]
         short = min(H, W)
         top, left = max(0, H - 4 * short) // 2, max(0, W - 4 * short) // 2    # 1 × 100,000 would fill memory
@@ -298,18 +402,28 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     """Yields all images in their order, as inputs [B, 3, size, size] of the network trained with `config`.
 
     Nothing is augmented: of files CentreCrops, images in memory whole, resized if the network's size differs.
+    Broken files are left out: what has been yielded is dataset.readable() of afterwards.
     """
     size, mean, std = input_of(config)
     if dataset.images is None:
-        batches = torch.utils.data.DataLoader(CentreCrops(dataset, size), batch_size,
-                                              num_workers=num_workers(workers, dataset))
+        batches = torch.utils.data.DataLoader(CentreCrops(dataset, size), batch_size, collate_fn=_readable,
+                                              num_workers=num_workers(workers, dataset),
+                                              worker_init_fn=own_group)
     else:
         batches = dataset.images.split(batch_size)
-    for images in batches:
+    for images in filter(len, batches):
         images = images.to(device).float() / 255
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
         yield normalize(images, mean, std)
+    if len(dataset) and not dataset.is_readable.any():
+        raise UserError(f"--data: none of the {len(dataset):,} pictures can be read")
+
+
+def _readable(pictures):
+    """A batch of what CentreCrops gives, [] if nothing of it can be read."""
+    pictures = [picture for picture in pictures if picture is not None]
+    return torch.utils.data.default_collate(pictures) if pictures else []
 
 
 # ---------------------------------------------------------------- views

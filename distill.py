@@ -31,15 +31,16 @@ from checkpoint import (
     load_teacher,
     open_log,
     open_output,
+    read_log,
     run,
     save_checkpoint,
     write_atomically,
 )
-from data import VIEWS, Batches, build_dataset, build_views, input_of, num_workers
+from data import VIEWS, Batches, build_dataset, build_views, input_of, num_workers, own_group
 from lincls import fingerprint
 from loss import seed_loss, seed_target
 from model import ARCHS, Embedder, build_student
-from optim import LARS, param_groups, seed_lr, warmup_cosine
+from optim import LARS, BadStep, param_groups, seed_lr, warmup_cosine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
 
@@ -104,7 +105,8 @@ def check(args, dataset, world_size):
     """Refuses what cannot work, by name, before anything is written."""
     least = dict(epochs=1, batch_size=2, save_every=1, print_every=1, workers=-1, num_local=0, queue_size=1,
                  image_size=0, local_size=0, lr=0, student_temperature=1e-6, teacher_temperature=1e-6,
-                 warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
+                 warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0,
+                 beta2=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
@@ -112,6 +114,9 @@ def check(args, dataset, world_size):
         if values and (len(values) not in (1, 3) or not all(0 <= v < math.inf for v in values) or
                        (name == "std" and 0 in values)):
             raise UserError(f"--{name} {' '.join(map(str, values))}: one or three numbers, for 0 to 1 pixels")
+    for name in ("momentum", "beta2"):
+        if getattr(args, name) >= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be below 1")
     if args.small_images and not args.arch.startswith("resnet"):
         raise UserError(f"--small-images: {args.arch} has no ResNet's stem to change")
     if args.print_every > 50:
@@ -234,8 +239,8 @@ def main(args):
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
         num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
-        generator=torch.Generator()))                           # else it takes from the network's noise
-    first_bad = torch.full((), -1, device=device)
+        worker_init_fn=own_group, generator=torch.Generator()))     # else it takes from the network's noise
+    bad = BadStep(device, scaler)
     since, waited, last_step = time.time(), 0.0, start_step
     model.train()
     for step in range(start_step, total_steps):
@@ -266,9 +271,8 @@ def main(args):
             loss = loss + seed_loss(s[1:].flatten(0, 1), t[1:].flatten(0, 1), queues[1], *temperatures)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if args.clip_norm > 0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
         health = torch.zeros(2, device=device)
@@ -279,17 +283,15 @@ def main(args):
         news, told = gather(news, torch.cat([loss.detach()[None], health, stop]))
         start = step * args.batch_size % args.queue_size        # the oldest leave
         queues[:, start:start + args.batch_size] = news
-        first_bad = torch.where((first_bad < 0) & ~told[0].isfinite(), step + 1, first_bad)
+        bad.watch(step + 1, lr, told[:1], norm, model.parameters() if logging or saving else ())
         if not (logging or saving):
             continue
 
         # ---- what all processes read alike, as it came with the step's one collective
-        if first_bad > 0:
+        if bad.step > 0:
             if rank == 0:
-                write(log, dict(step=int(first_bad), status="non-finite loss"))
-                print(f"distill.py: error: the loss of step {int(first_bad)} is not finite (lr {lr:.3g}, "
-                      f"amp {amp}); the last checkpoint in {out} is from before; try a lower --lr, or "
-                      "--clip-norm", file=sys.stderr)
+                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
+                print(f"distill.py: error: {bad.message(('loss',), amp, out)}", file=sys.stderr)
             return finish(3)
         stopped = next((signum for signum, wish in zip(SIGNALS, told[3:], strict=True) if wish > 0), None)
         if logging:
@@ -298,7 +300,7 @@ def main(args):
             entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, loss=told[0].item(),
                          positive_mass=told[1].item(), cosine=told[2].item(), lr=lr,
                          images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
-                         memory_mib=memory_mib(device))
+                         memory_mib=memory_mib(device), **dataset.tally())
             if rank == 0:
                 write(log, entry)
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
@@ -309,11 +311,11 @@ def main(args):
             if world_size > 1:
                 dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
+                write_atomically(out / "backbone.pth", model.backbone.state_dict())
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), queues=queues, frozen=frozen, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, stage="distill", rng=rng,
                     config=config))
-                write_atomically(out / "backbone.pth", model.backbone.state_dict())
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -324,9 +326,8 @@ def main(args):
     if fingerprint(teacher) != frozen:
         raise RuntimeError("the teacher has changed, though it was frozen")
     if rank == 0:
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        entries = {line["step"]: line for line in lines if "loss" in line}    # the later counts
-        write_atomically(out / "metrics.json", json.dumps(entries[total_steps], indent=1).encode())
+        metrics = read_log(out / "log.jsonl")[total_steps]
+        write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         write(log, dict(step=total_steps, status="done"))
         print(f"done: checkpoint.pth, backbone.pth, log.jsonl, metrics.json in {out}")
     return finish()

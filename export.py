@@ -61,10 +61,7 @@ def main(args):
         arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
         content = {"model": arrays, "__author__": "TWIST", "matching_heuristics": True}
         state = pickle.dumps(content, protocol=4)
-    try:
-        write_atomically(output, state)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    write_atomically(output, state)
     size, mean, std = input_of(config)
     print(f"written: {output}, {arch} in {args.format}'s names; its input are {size} × {size} pixels, from "
           f"0 to 1, less {mean}, divided by {std}")

@@ -132,15 +132,22 @@ def main(args):
     # ------------------------------------------------------------------ eval
     train_features, features = (extract_features(backbone, eval_batches(
         part, config, device, args.batch_size, args.workers)) for part in (train, test))
+    num_broken = len(train) + len(test)
+    train, test = train.readable(), test.readable()
+    num_broken -= len(train) + len(test)
+    if max(args.k) > len(train):
+        raise UserError(f"--k {max(args.k)}: only {len(train)} training images can be read")
     try:
         similarity, index = nearest_neighbours(train_features, features.to(device), max(args.k))
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
     neighbour_labels = train.labels[index.cpu()]                                          # [N, max k]
     num_classes = len(train.class_names)
-    print(f"{name}: {len(test):,} test images against {len(train):,} training images, T = {args.temperature}")
+    print(f"{name}: {len(test):,} test images against {len(train):,} training images, T = {args.temperature}"
+          + (f"; {num_broken} broken pictures left out" if num_broken else ""))
     metrics = {"checkpoint": args.checkpoint, "data": name, "temperature": args.temperature,
-               "num_train": len(train), "num_test": len(test), "top1": {}, "top5": {}}
+               "num_train": len(train), "num_test": len(test), "num_broken": num_broken,
+               "top1": {}, "top5": {}}
     for k in args.k:
         scores, classes = vote(similarity[:, :k], neighbour_labels[:, :k], args.temperature,
                                num_classes).topk(min(5, num_classes))                     # [N, 5]

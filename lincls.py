@@ -41,9 +41,9 @@ from checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from data import Batches, Views, build_dataset, eval_batches, input_of, num_workers
+from data import Batches, Views, build_dataset, eval_batches, input_of, num_workers, own_group
 from model import ARCHS, BatchNorm
-from optim import cosine
+from optim import BadStep, cosine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
 # Feature1 to 5, stem and stages of a ResNet at 224 pixels (Goyal et al. 2019; MMSelfSup 0.x): side of the
@@ -267,15 +267,25 @@ def accuracies(classes, labels, world_size=1):
     return (sums[:-1].double() / sums[-1]).view(2, -1).cpu()
 
 
-def gather(mine, total, world_size):
-    """Rows rank::world_size, those of each process, -> all `total` rows in their order, each once."""
+def gather(mine, part, world_size):
+    """Rows of the readable images among rank::world_size of a set, from each process -> of all, in order."""
     if world_size == 1:
         return mine
-    padding = mine.new_zeros(-(-total // world_size) - len(mine), *mine.shape[1:])
-    parts = [torch.cat([mine, padding])] * world_size
-    parts = [torch.empty_like(part) for part in parts]
-    dist.all_gather(parts, torch.cat([mine, padding]))
-    return torch.stack(parts, 1).flatten(0, 1)[:total]
+    agree(part, mine.device)
+    readable = part.is_readable.to(mine.device)
+    rows = mine.new_zeros(-(-len(part) // world_size), *mine.shape[1:])
+    rows[readable[dist.get_rank()::world_size].nonzero()[:, 0]] = mine
+    parts = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(parts, rows)
+    return torch.stack(parts, 1).flatten(0, 1)[:len(part)][readable]
+
+
+def agree(part, device):
+    """What one process has found broken in a set all take for broken."""
+    if part.images is None and dist.is_initialized():
+        broken = (~part.is_readable).to(device, torch.int32)
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+        part.broken[part.places] = broken.cpu() > 0
 
 
 def main(args):
@@ -318,8 +328,10 @@ def main(args):
             return [feature.float() for feature in read(x)]
 
     def share_of(part):                                         # this process's rows, rank::world_size
-        return map(features_of, eval_batches(part.subset(slice(rank, None, world_size)), config, device,
-                                             args.batch_size, args.workers))
+        return part.subset(slice(rank, None, world_size))
+
+    def features_in(part):
+        return map(features_of, eval_batches(share_of(part), config, device, args.batch_size, args.workers))
 
     # ---------------------------------------------------------------- output folder, last checkpoint
     if world_size > 1:
@@ -378,13 +390,16 @@ def main(args):
     for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: caught.append(signum))
     if args.cached and start_step < total_steps:
-        cached = [gather(torch.cat(parts), len(train), world_size)
-                  for parts in zip(*share_of(train), strict=True)]
-        held_features = list(share_of(held)) if len(held) else []
+        cached = [gather(torch.cat(parts), train, world_size)
+                  for parts in zip(*features_in(train), strict=True)]
+        rows = batches.readable_rows().to(device)
+        held_features = list(features_in(held)) if len(held) else []
     elif start_step < total_steps:
         loader = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(start_step, total_steps),
-            num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda"))
+            num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+            worker_init_fn=own_group))
+    bad = BadStep(device)
     since, last_step = time.time(), start_step
     for step in range(start_step, total_steps):
         epoch, place = divmod(step + 1, steps_per_epoch)
@@ -394,7 +409,7 @@ def main(args):
         # ---- one training step: B images of this process, G heads at each depth
         indices = batches.indices(step)
         if args.cached:
-            features = [x[indices.to(device)] for x in cached]
+            features = [x[rows[indices.to(device)]] for x in cached]
         else:
             images, uniforms = next(loader)
             features = features_of(views(images, uniforms, device)[0])
@@ -411,20 +426,22 @@ def main(args):
         rate = (cosine(passed, args.epochs, 1, 0) if args.milestones is None
                 else 0.1 ** sum(milestone <= passed for milestone in args.milestones))
         sgd_step(weights, velocities, rate * lrs, decays, nesterov=args.nesterov)
+        least = losses.nan_to_num(math.inf).min()               # a head that diverges is not chosen
+        bad.watch(step + 1, rate * min(args.lrs) * args.batch_size / 256, least[None])
         if not (logging or saving):
             continue
 
         # ---- what all processes read alike
-        if not losses.isfinite().any():
+        if bad.step > 0:
             if rank == 0:
-                write(log, dict(step=step + 1, status="non-finite loss"))
-                print(f"lincls.py: error: the loss of every head is not finite at step {step + 1}; "
-                      "try lower --lrs", file=sys.stderr)
+                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
+                print(f"lincls.py: error: of every head {bad.message(('least loss',), amp, out, '--lrs')}",
+                      file=sys.stderr)
             return finish(3)
         stopped = next((signum for signum, wish in zip(SIGNALS, stop, strict=True) if wish > 0), None)
         if place == 0 and len(held):
-            classes = classify(heads, held_features if args.cached else share_of(held))
-            scores = [accuracies(c, held.labels[rank::world_size], world_size) for c in classes]
+            classes = classify(heads, held_features if args.cached else features_in(held))
+            scores = [accuracies(c, share_of(held).readable().labels, world_size) for c in classes]
             for i, (head, (top1, top5)) in enumerate(zip(heads, scores, strict=True)):
                 g = int(top1.argmax())
                 if best_heads[i] is None or top1[g] > best_heads[i]["top1"]:
@@ -432,9 +449,9 @@ def main(args):
                                          state=head.one(g))
         if logging and rank == 0:
             images_per_s = (step + 1 - last_step) * args.batch_size / (time.time() - since)
-            least = losses.nan_to_num(math.inf).min().item()
+            least = least.item()
             entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, loss=least,
-                         images_per_s=round(images_per_s, 1))
+                         images_per_s=round(images_per_s, 1), **whole.tally())
             eta = (total_steps - step - 1) * args.batch_size / images_per_s
             line = (f"epoch {entry['epoch']} step {step + 1}/{total_steps} | loss {least:.3f}, the least of "
                     f"{losses.numel()} | {images_per_s:.0f} images/s, ETA {eta // 60:.0f}:{eta % 60:02.0f}")
@@ -472,11 +489,16 @@ def main(args):
                 which=which, features=depths[i], epoch=choice["epoch"], lr=lr, weight_decay=decay,
                 held_out_top1=choice.get("top1"), held_out_top5=choice.get("top5")))
     twice = 2 if len(held) else 1
-    classes = classify(chosen, ([x for x in features for _ in range(twice)] for features in share_of(test)))
+    classes = classify(chosen, ([x for x in features for _ in range(twice)]
+                                for features in features_in(test)))
     for report, c in zip(reports, classes, strict=True):
-        top1, top5 = accuracies(c, test.labels[rank::world_size], world_size)
+        top1, top5 = accuracies(c, share_of(test).readable().labels, world_size)
         report |= dict(test_top1=top1.item(), test_top5=top5.item())
-    predictions = gather(classes[-twice], len(test), world_size)[:, 0, 0]    # of the deepest features, last
+    predictions = gather(classes[-twice], test, world_size)[:, 0, 0]         # of the deepest features, last
+    for part in (train, held):
+        agree(part, device)
+    read = [part.readable() for part in (train, held, test)]
+    num_broken = sum(map(len, (train, held, test))) - sum(map(len, read))
     if fingerprint(backbone) != frozen:
         raise RuntimeError("the backbone has changed, though it was frozen")
 
@@ -487,17 +509,19 @@ def main(args):
                  for depth, s in zip(depths, scores, strict=True) if s is not None
                  for g, (lr, decay) in enumerate(grid)]
         print_tables(args, depths, scores)
-        print(f"{len(test):,} test images:")
+        broken = f"; {num_broken} broken pictures left out" if num_broken else ""
+        print(f"{len(read[2]):,} test images{broken}:")
         for r in reports:
             by = "" if r["held_out_top1"] is None else f"held-out top-1 {r['held_out_top1']:.4f}   "
             print(f"  {r['features']}, {r['which']}: epoch {r['epoch']}, lr {r['lr']:g}, decay "
                   f"{r['weight_decay']:g}   {by}test top-1 {r['test_top1']:.4f}   top-5 {r['test_top5']:.4f}")
-        write_predictions(out / "predictions.csv", test, predictions.tolist())
+        write_predictions(out / "predictions.csv", read[2], predictions.tolist())
         weight, bias = (chosen[-twice].state_dict()[key][0].cpu() for key in ("weight", "bias"))
         write_atomically(out / "head.pth", dict(weight=weight, bias=bias))
         protocol = "cached centre crops" if args.cached else "augmented crops"
-        metrics = dict(checkpoint=args.checkpoint, data=name, protocol=protocol, num_train=len(train),
-                       num_held_out=len(held), num_test=len(test), results=reports, table=table)
+        metrics = dict(checkpoint=args.checkpoint, data=name, protocol=protocol, num_train=len(read[0]),
+                       num_held_out=len(read[1]), num_test=len(read[2]), num_broken=num_broken,
+                       results=reports, table=table)
         write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         write(log, dict(step=total_steps, status="done"))
         print(f"done; the backbone is unchanged, bit for bit: checkpoint.pth, head.pth, predictions.csv, "

@@ -72,3 +72,45 @@ def seed_lr(epoch, epochs, warmup_epochs, lr, peak, milestones=None):
     if milestones:
         return peak * 0.1 ** sum(epoch >= milestone for milestone in milestones)
     return cosine(epoch, epochs, peak, 0)
+
+
+class BadStep:
+    """The first step whose loss, gradient or weights are not finite: kept on the device, read when asked.
+
+    step: -1 while there is none. With a scaler that is in use (fp16) a gradient that is not finite is part of
+    the method, the step is left out and the scale halved; 20 in a row are too many, as the scale then is
+    2^20 times smaller and has not helped.
+    """
+    KINDS = ("loss", "gradient", "weights")
+
+    def __init__(self, device, scaler=None):
+        self.patience = 20 if scaler is not None and scaler.is_enabled() else 1
+        self.step, self.kind, self.overflows = (torch.full((), n, device=device) for n in (-1, 0, 0))
+        self.lr, self.last = torch.zeros((), device=device), None
+
+    @torch.no_grad()
+    def watch(self, step, lr, terms, norm=None, weights=()):
+        """Once a step, from 1 on: its learning rate, the terms of its loss (scalars, or one [N]), the norm of
+        its gradient, and, at steps that are read, the weights that it made."""
+        terms = torch.stack([*terms]).float()
+        if norm is not None:
+            self.overflows = torch.where(norm.isfinite(), 0, self.overflows + 1)
+        fine = torch.stack([terms.isfinite().all(), self.overflows < self.patience,
+                            *(w.isfinite().all() for w in weights)])
+        so_far = self.step < 0
+        self.last = torch.where(so_far & fine.all(), terms, terms * 0 if self.last is None else self.last)
+        new = so_far & ~fine.all()
+        self.kind = torch.where(new, (~fine).int().argmax().clamp_max(2), self.kind)
+        self.lr = torch.where(new, lr, self.lr)
+        self.step = torch.where(new, step, self.step)
+
+    @property
+    def what(self):
+        return self.KINDS[int(self.kind)]
+
+    def message(self, names, amp, out, flag="--lr"):
+        """One line for the user; names: of the terms, of which the last finite ones are told, amp: precision,
+        out: output folder, flag: what to lower."""
+        last = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, self.last.tolist(), strict=True))
+        return (f"the {self.what} of step {int(self.step)} is not finite (lr {self.lr:.3g}, amp {amp}; "
+                f"before {last}); the last checkpoint in {out} is from before; try a lower {flag}")

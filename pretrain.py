@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, open_log, open_output, run, save_checkpoint, write_atomically
-from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers
+from checkpoint import UserError, open_log, open_output, read_log, run, save_checkpoint, write_atomically
+from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers, own_group
 from knn import extract_features, knn_predict
 from loss import barlow_twins_terms, momentum_twist_loss, twist_loss
 from model import ARCHS, build_network, bunch_layout, zero_init_residual
-from optim import LARS, cosine, param_groups, warmup_cosine
+from optim import LARS, BadStep, cosine, param_groups, warmup_cosine
 
 TERMS = ("consistency", "sharpness", "diversity", "invariance", "redundancy")       # of either loss
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
@@ -90,6 +90,7 @@ def get_parser():
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--print-every", type=int, default=50, help="steps between lines of progress, 1 to 50")
     add("--knn-every", type=int, default=1, help="epochs between k-NN checks, to watch only; 0: none")
+    add("--stop-on-collapse", action="store_true", help="end with code 4 at the second line that says so")
     add("--timeout", type=float, default=600, help="seconds that a process waits for its peers")
     add("--local-rank", type=int, help=argparse.SUPPRESS)       # old launchers pass it; LOCAL_RANK is read
     return parser
@@ -100,7 +101,7 @@ def check(args, dataset, world_size):
     least = dict(epochs=1, num_classes=2, hidden_dim=1, batch_size=2, save_every=1, print_every=1, workers=-1,
                  num_local=0, knn_every=0, bunch_size=0, image_size=0, local_size=0, eps=0, lr=0, drop_path=0,
                  ema=0, warmup_epochs=0, weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0, lambd=0,
-                 bias_lr=0)
+                 bias_lr=0, beta2=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
@@ -108,11 +109,15 @@ def check(args, dataset, world_size):
         if values and (len(values) not in (1, 3) or not all(0 <= v < math.inf for v in values) or
                        (name == "std" and 0 in values)):
             raise UserError(f"--{name} {' '.join(map(str, values))}: one or three numbers, for 0 to 1 pixels")
-    for name in ("ema", "drop_path"):
+    for name in ("ema", "drop_path", "momentum", "beta2"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
     if args.small_images and not args.arch.startswith("resnet"):
         raise UserError(f"--small-images: {args.arch} has no ResNet's stem to change")
+    others = dict(twist=("lambd",), barlow=("num_classes", "alpha", "beta", "eps", "nbs", "bunch_size"))
+    for name in others[args.loss]:
+        if getattr(args, name) != get_parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: does nothing with --loss {args.loss}; leave it out")
     if args.loss == "barlow" and (args.num_local or args.ema):
         raise UserError("--loss barlow: takes two views and no momentum encoder, so no --num-local, no --ema")
     if args.print_every > 50:
@@ -224,9 +229,9 @@ def main(args):
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
         num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
-        generator=torch.Generator()))                           # else it takes from the network's noise
-    watched = monitored(args) if rank == 0 and args.knn_every else None
-    first_bad = torch.full((), -1, device=device)
+        worker_init_fn=own_group, generator=torch.Generator()))     # else it takes from the network's noise
+    watched = monitored(args, dataset) if rank == 0 and args.knn_every else None
+    bad, collapsed = BadStep(device, scaler), 0
     since, waited, last_step = time.time(), 0.0, start_step
     model.train()
     for step in range(start_step, total_steps):
@@ -261,26 +266,23 @@ def main(args):
             loss = momentum_twist_loss(teacher_logits, logits, args.alpha, args.beta, args.eps, riders=stop)
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
-        if args.clip_norm > 0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
         if teacher is not None:
             keep = cosine(step, total_steps, args.ema, 1.0)
             with torch.no_grad():
                 torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
-        first_bad = torch.where((first_bad < 0) & ~loss.total.detach().isfinite(), step + 1, first_bad)
+        bad.watch(step + 1, lr, loss, norm, model.parameters() if logging or saving else ())
         if not (logging or saving):
             continue
 
         # ---- what all processes read alike, as it came with the loss's one collective
-        if first_bad > 0:
+        if bad.step > 0:
             if rank == 0:
-                write(log, dict(step=int(first_bad), status="non-finite loss"))
-                print(f"pretrain.py: error: the loss of step {int(first_bad)} is not finite (lr {lr:.3g}, "
-                      f"amp {amp}); the last checkpoint in {out} is from before; try a lower --lr, or "
-                      "--clip-norm", file=sys.stderr)
+                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
+                print(f"pretrain.py: error: {bad.message(loss._fields, amp, out)}", file=sys.stderr)
             return finish(3)
         stopped = next((signum for signum, wish in zip(SIGNALS, stop, strict=True) if wish > 0), None)
         if logging:
@@ -288,9 +290,9 @@ def main(args):
             seconds, grad_scale = time.time() - since, scaler.get_scale() * world_size
             images_per_s = (step + 1 - last_step) * args.batch_size / seconds
             entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, **terms_and_health(
-                loss, health, grad_scale, min(args.num_classes, args.batch_size)), lr=lr,
+                loss, health, grad_scale, min(args.num_classes, args.batch_size), logits.shape[-1]), lr=lr,
                 images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
-                memory_mib=memory_mib(device))
+                memory_mib=memory_mib(device), **dataset.tally())
             if watched and place == 0 and epoch % args.knn_every == 0:
                 entry["knn_monitor"] = monitor(watched_model, watched, args, device)
             if rank == 0:
@@ -298,17 +300,24 @@ def main(args):
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
                 print(progress_line(entry, total_steps, eta), flush=True)
             since, waited, last_step = time.time(), 0.0, step + 1
+            collapsed = collapsed + 1 if "collapsed" in entry else 0
+            if args.stop_on_collapse and collapsed > 1 and step >= warmup_steps:
+                if rank == 0:
+                    write(log, dict(step=step + 1, status=f"collapsed: {entry['collapsed']}"))
+                    print(f"pretrain.py: error: collapsed ({entry['collapsed']}) at step {step + 1} and in "
+                          f"the line before; the last checkpoint in {out} is from before", file=sys.stderr)
+                return finish(4)
         if saving or stopped:
             rng = [rng_state(device)] * world_size
             if world_size > 1:
                 dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
                 averaged = {} if teacher is None else dict(teacher=teacher.state_dict())
+                write_atomically(out / "backbone.pth", watched_model.backbone.state_dict())
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
                     stage="pretrain", rng=rng, config=vars(args)))
-                write_atomically(out / "backbone.pth", watched_model.backbone.state_dict())
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -317,10 +326,9 @@ def main(args):
 
     # ---------------------------------------------------------------- save
     if rank == 0:
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        entries = {line["step"]: line for line in lines if "loss" in line}    # the later counts
-        write_atomically(out / "metrics.json", json.dumps(entries[total_steps], indent=1).encode())
+        entries = read_log(out / "log.jsonl")
         draw_curves(list(entries.values()), args, out / "curves.png")
+        write_atomically(out / "metrics.json", json.dumps(entries[total_steps], indent=1).encode())
         write(log, dict(step=total_steps, status="done"))
         print(f"done: checkpoint.pth, backbone.pth, log.jsonl, metrics.json, curves.png in {out}")
     return finish()
@@ -359,8 +367,9 @@ def watch_logits(last_linear, health):
     return last_linear.register_forward_hook(look)
 
 
-def terms_and_health(loss, health, grad_scale, most_classes):
-    """The loss's terms and the health of a step, in nats; the gradient was multiplied by `grad_scale`."""
+def terms_and_health(loss, health, grad_scale, most_classes, width):
+    """The loss's terms and the health of a step, in nats; the gradient was multiplied by `grad_scale`, an
+    embedding (Barlow Twins) has `width` numbers. What collapsed is told by numbers of the global batch."""
     terms = {name: value.item() for name, value in loss._asdict().items()}
     entry = dict(loss=terms.pop("total"), **terms)
     if "diversity" in terms:                                    # there are classes
@@ -368,6 +377,10 @@ def terms_and_health(loss, health, grad_scale, most_classes):
         entry |= dict(mi=mi, mi_ratio=mi / math.log(most_classes), classes=math.exp(terms["diversity"]))
         if entry["mi_ratio"] < 0.02:
             entry["collapsed"] = "one-class" if entry["classes"] < 1.1 else "uniform"
+    elif terms["redundancy"] > 0.98 * width * (width - 1):      # all dimensions vary alike
+        entry["collapsed"] = "one-dimension"
+    elif terms["redundancy"] < 1e-4 * width * (width - 1) and terms["invariance"] > 0.9 * width:
+        entry["collapsed"] = "constant"                         # no dimension varies: below the epsilon
     return entry | dict(std_col=health["std_col"].item(), std_row=health["std_row"].item(),
                         grad=health["grad"].item() / grad_scale)
 
@@ -395,12 +408,14 @@ def memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
-def monitored(args):
+def monitored(args, dataset):
     """Labelled training and test images, up to 10,000 evenly spaced of each; None if there are no such."""
     try:
         parts = [build_dataset(args.data, split, args.seed, args.data_dir) for split in ("train", "test")]
     except UserError:                                           # no val part
         return None
+    if dataset.images is None:                                  # so that a broken file is named once
+        parts[0].broken = dataset.broken
     train, test = (part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
                    for part in parts)
     apart = train.images is not None or train.paths[0] != test.paths[0]
@@ -409,9 +424,9 @@ def monitored(args):
 
 def monitor(model, watched, args, device):
     """20-NN accuracy of the test images against the training images: to watch, not to report."""
-    train, test = watched
     features = [extract_features(model.backbone, eval_batches(part, vars(args), device, workers=args.workers))
                 for part in watched]
+    train, test = (part.readable() for part in watched)
     scores = knn_predict(features[0], train.labels, features[1], k=min(20, len(train)), temperature=0.07,
                          num_classes=len(train.class_names))
     return (scores.argmax(1).cpu() == test.labels).float().mean().item()

@@ -30,15 +30,16 @@ from checkpoint import (
     load_checkpoint,
     open_log,
     open_output,
+    read_log,
     refuse_classless,
     run,
     save_checkpoint,
     write_atomically,
 )
-from data import VIEWS, Batches, build_dataset, build_views, input_of, num_workers
+from data import VIEWS, Batches, build_dataset, build_views, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import build_twist, bunch_layout
-from optim import LARS, cosine, param_groups, warmup_cosine
+from optim import LARS, BadStep, cosine, param_groups, warmup_cosine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
 
@@ -84,6 +85,7 @@ def get_parser():
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--print-every", type=int, default=50, help="steps between lines of progress, 1 to 50")
+    add("--stop-on-collapse", action="store_true", help="end with code 4 at the second line that says so")
     add("--timeout", type=float, default=600, help="seconds that a process waits for its peers")
     add("--local-rank", type=int, help=argparse.SUPPRESS)       # old launchers pass it; LOCAL_RANK is read
     return parser
@@ -93,11 +95,11 @@ def check(args, dataset, world_size):
     """Refuses what cannot work, by name, before anything is written."""
     least = dict(epochs=1, batch_size=2, save_every=1, print_every=1, workers=-1, num_local=0, bunch_size=0,
                  image_size=0, local_size=0, lr=0, quantile=0, quantile_end=0, ema=0, warmup_epochs=0,
-                 weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0)
+                 weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0, beta2=0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
-    for name in ("quantile", "quantile_end", "ema"):
+    for name in ("quantile", "quantile_end", "ema", "momentum", "beta2"):
         if getattr(args, name) >= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
     if args.print_every > 50:
@@ -216,8 +218,8 @@ def main(args):
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
         num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
-        generator=torch.Generator()))                           # else it takes from the network's noise
-    first_bad = torch.full((), -1, device=device)
+        worker_init_fn=own_group, generator=torch.Generator()))     # else it takes from the network's noise
+    bad, collapsed = BadStep(device, scaler), 0
     since, waited, last_step = time.time(), 0.0, start_step
     model.train()
     for step in range(start_step, total_steps):
@@ -247,9 +249,8 @@ def main(args):
         loss = self_label_loss(logits, quantile, teacher_logits, riders=stop)
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
-        if args.clip_norm > 0:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
         if loss.fraction > 0:                                   # known to all processes alike
             scaler.step(optimizer)
             scaler.update()
@@ -259,18 +260,16 @@ def main(args):
                     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
         else:
             left_out += 1
-        first_bad = torch.where((first_bad < 0) & ~loss.total.detach().isfinite(), step + 1, first_bad)
+        bad.watch(step + 1, lr, loss, norm, model.parameters() if logging or saving else ())
         if not (logging or saving):
             continue
 
         # ---- what all processes are to read alike: the loss is each one's own until here
-        total, agreement, classes, bad = joined(loss, logits, teacher_logits, first_bad)
-        if bad > 0:
+        total, agreement, classes, bad_anywhere = joined(loss, logits, teacher_logits, bad.step)
+        if bad_anywhere:
             if rank == 0:
-                write(log, dict(step=bad, status="non-finite loss"))
-                print(f"selflabel.py: error: the loss of step {bad} is not finite (lr {lr:.3g}, amp {amp}); "
-                      f"the last checkpoint in {out} is from before; try a lower --lr, or --clip-norm",
-                      file=sys.stderr)
+                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
+                print(f"selflabel.py: error: {bad.message(loss._fields, amp, out)}", file=sys.stderr)
             return finish(3)
         stopped = next((signum for signum, wish in zip(SIGNALS, stop, strict=True) if wish > 0), None)
         if logging:
@@ -280,23 +279,34 @@ def main(args):
                          fraction=loss.fraction.item(), threshold=loss.threshold.item(), quantile=quantile,
                          classes=classes, agreement=agreement, left_out=left_out, lr=lr,
                          images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
-                         memory_mib=memory_mib(device))
+                         memory_mib=memory_mib(device), **dataset.tally())
+            if classes == 1 and entry["fraction"] * args.batch_size >= 10:
+                entry["collapsed"] = "one-class"
+            elif entry["threshold"] < 1.02 / config["num_classes"]:
+                entry["collapsed"] = "uniform"
             if rank == 0:
                 write(log, entry)
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
                 print(progress_line(entry, total_steps, config["num_classes"], eta), flush=True)
             since, waited, last_step = time.time(), 0.0, step + 1
+            collapsed = collapsed + 1 if "collapsed" in entry else 0
+            if args.stop_on_collapse and collapsed > 1 and step >= warmup_steps:
+                if rank == 0:
+                    write(log, dict(step=step + 1, status=f"collapsed: {entry['collapsed']}"))
+                    print(f"selflabel.py: error: collapsed ({entry['collapsed']}) at step {step + 1} and in "
+                          f"the line before; the last checkpoint in {out} is from before", file=sys.stderr)
+                return finish(4)
         if saving or stopped:
             rng = [rng_state(device)] * world_size
             if world_size > 1:
                 dist.all_gather_object(rng, rng_state(device))
             if rank == 0:
                 averaged = {} if teacher is None else dict(teacher=teacher.state_dict())
+                write_atomically(out / "backbone.pth", exported.backbone.state_dict())
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, left_out=left_out,
                     stage="selflabel", rng=rng, config=config))
-                write_atomically(out / "backbone.pth", exported.backbone.state_dict())
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -305,9 +315,8 @@ def main(args):
 
     # ---------------------------------------------------------------- save
     if rank == 0:
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        entries = {line["step"]: line for line in lines if "loss" in line}    # the later counts
-        write_atomically(out / "metrics.json", json.dumps(entries[total_steps], indent=1).encode())
+        metrics = read_log(out / "log.jsonl")[total_steps]
+        write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         write(log, dict(step=total_steps, status="done"))
         print(f"done: checkpoint.pth, backbone.pth, log.jsonl, metrics.json in {out}")
     return finish()
@@ -321,13 +330,13 @@ def finish(code=0):
     return code
 
 
-def joined(loss, logits, teacher_logits, first_bad):
+def joined(loss, logits, teacher_logits, bad_step):
     """Of the global batch: loss, share of images whose two global views agree, classes among the labels, and
-    the first bad step of any process or -1."""
+    whether any process has had a bad step."""
     _, label, confidence = anchors(logits[:2] if teacher_logits is None else teacher_logits[:2])
     chosen = F.one_hot(label[confidence > loss.threshold], logits.shape[-1]).sum(0)
     agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
-    three = torch.stack([loss.total.detach().float(), agreement, first_bad.float()])
+    three = torch.stack([loss.total.detach().float(), agreement, (bad_step > 0).float()])
     mine = torch.cat([three, chosen.float()])
     everyones = [mine]
     if dist.is_initialized():
@@ -335,8 +344,7 @@ def joined(loss, logits, teacher_logits, first_bad):
         dist.all_gather(everyones, mine)
     everyones = torch.stack(everyones)                                            # [W, 3 + C]
     total, agreement = everyones[:, :2].mean(0).tolist()
-    bad = [int(step) for step in everyones[:, 2] if step > 0]
-    return total, agreement, int((everyones[:, 3:].sum(0) > 0).sum()), min(bad, default=-1)
+    return total, agreement, int((everyones[:, 3:].sum(0) > 0).sum()), bool((everyones[:, 2] > 0).any())
 
 
 def rng_state(device):
@@ -360,7 +368,8 @@ def progress_line(entry, total_steps, num_classes, eta):
             "{threshold:.3f}, in {classes} of {most} classes | views agree {agreement:.0%}, steps left out "
             "{left_out} | lr {lr:.1e} | {images_per_s:.0f} images/s, waiting {waiting:.0%}, "
             "{memory_mib} MiB, ETA {minutes:.0f}:{seconds:02.0f}")
-    return line.format(**entry, total=total_steps, most=num_classes, minutes=eta // 60, seconds=eta % 60)
+    line = line.format(**entry, total=total_steps, most=num_classes, minutes=eta // 60, seconds=eta % 60)
+    return line + (f" | collapsed: {entry['collapsed']}" if "collapsed" in entry else "")
 
 
 def memory_mib(device):

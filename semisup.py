@@ -41,10 +41,10 @@ from checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from data import Batches, Views, eval_batches, input_of, num_workers
-from lincls import accuracies, average, gather, hold_out, labelled, write_predictions
+from data import Batches, Views, eval_batches, input_of, num_workers, own_group
+from lincls import accuracies, agree, average, gather, hold_out, labelled, write_predictions
 from model import ARCHS, build_backbone
-from optim import cosine
+from optim import BadStep, cosine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
 
@@ -301,9 +301,9 @@ def main(args):
         if world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        classes = classify(network, eval_batches(part.subset(slice(rank, None, world_size)), config, device,
-                                                 args.batch_size, args.workers))
-        top1, top5 = accuracies(classes, part.labels[rank::world_size], world_size)
+        share = part.subset(slice(rank, None, world_size))
+        classes = classify(network, eval_batches(share, config, device, args.batch_size, args.workers))
+        top1, top5 = accuracies(classes, share.readable().labels, world_size)
         return classes, top1.item(), top5.item()
 
     # ---------------------------------------------------------------- train
@@ -312,8 +312,9 @@ def main(args):
         signal.signal(signum, lambda signum, frame: caught.append(signum))
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start_step, total_steps),
-        num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda"))
-    first_bad = torch.full((), -1.0, device=device)
+        num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+        worker_init_fn=own_group))
+    bad = BadStep(device, scaler)
     since, last_step = time.time(), start_step
     network.train()
     for step in range(start_step, total_steps):
@@ -331,28 +332,30 @@ def main(args):
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
         scaler.step(optimizer)
         scaler.update()
-        first_bad = torch.where((first_bad < 0) & ~loss.detach().isfinite(), step + 1, first_bad)
+        bad.watch(step + 1, optimizer.param_groups[0]["lr"], loss[None], norm,
+                  network.parameters() if logging or saving else ())
         if not (logging or saving):
             continue
 
         # ---- what all processes read alike
         stop = torch.tensor([float(signum in caught) for signum in SIGNALS], device=device)
-        loss, bad = loss.detach().clone(), (first_bad > 0).float()
+        loss, bad_anywhere = loss.detach().clone(), (bad.step > 0).float()
         if world_size > 1:
-            average([loss, bad, stop])
-        if bad > 0:
+            average([loss, bad_anywhere, stop])
+        if bad_anywhere > 0:
             if rank == 0:
-                write(log, dict(step=step + 1, status="non-finite loss"))
-                print(f"semisup.py: error: the loss is not finite at step {step + 1}; try a lower --lr or "
-                      "--head-lr", file=sys.stderr)
+                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
+                print(f"semisup.py: error: {bad.message(('loss',), amp, out)}", file=sys.stderr)
             return finish(3)
         stopped = next((signum for signum, wish in zip(SIGNALS, stop, strict=True) if wish > 0), None)
         if logging:
             images_per_s = (step + 1 - last_step) * args.batch_size / (time.time() - since)
             entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, loss=loss.item(),
-                         images_per_s=round(images_per_s, 1))
+                         images_per_s=round(images_per_s, 1), **whole.tally())
             eta = (total_steps - step - 1) * args.batch_size / images_per_s
             line = (f"epoch {entry['epoch']} step {step + 1}/{total_steps} | loss {entry['loss']:.3f} | "
                     f"{images_per_s:.0f} images/s, ETA {eta // 60:.0f}:{eta % 60:02.0f}")
@@ -364,11 +367,11 @@ def main(args):
                 print(line, flush=True)
             since, last_step = time.time(), step + 1
         if (saving or stopped) and rank == 0:
+            write_atomically(out / "backbone.pth", backbone.state_dict())
             save_checkpoint(out / "checkpoint.pth", dict(
                 model=network.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                 step=step + 1, epoch=epoch, stage="semisup", labelled=indices,
                 config=vars(args)))
-            write_atomically(out / "backbone.pth", backbone.state_dict())
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -379,15 +382,20 @@ def main(args):
     # with images held out, to choose by, the test set is left alone
     scored, part = ("held_out", held) if len(held) else ("test", test)
     classes, top1, top5 = evaluate(part)
-    predictions = gather(classes, len(part), world_size)[:, 0, 0]
+    predictions = gather(classes, part, world_size)[:, 0, 0]
+    agree(train, device)
+    read = [part.readable() for part in (train, held, test)]
+    num_broken = sum(map(len, (train, held, test))) - sum(map(len, read))
 
     # ---------------------------------------------------------------- save
     if rank == 0:
-        print(f"{len(part):,} {scored.replace('_', '-')} images, after the last epoch: top-1 {top1:.4f}   "
-              f"top-5 {top5:.4f}")
-        write_predictions(out / "predictions.csv", part, predictions.tolist())
+        broken = f"; {num_broken} broken pictures left out" if num_broken else ""
+        print(f"{len(part.readable()):,} {scored.replace('_', '-')} images, after the last epoch: top-1 "
+              f"{top1:.4f}   top-5 {top5:.4f}{broken}")
+        write_predictions(out / "predictions.csv", part.readable(), predictions.tolist())
         metrics = dict(checkpoint=args.checkpoint, data=name, random_init=args.random_init, lr=args.lr,
-                       head_lr=args.head_lr, num_train=len(train), num_held_out=len(held), num_test=len(test))
+                       head_lr=args.head_lr, num_train=len(read[0]), num_held_out=len(read[1]),
+                       num_test=len(read[2]), num_broken=num_broken)
         metrics |= {f"{scored}_top1": top1, f"{scored}_top5": top5}
         write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         write(log, dict(step=total_steps, status="done"))

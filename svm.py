@@ -8,6 +8,7 @@ published; features: Feature5 of lincls.py --depths, pictures squashed to a squa
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torchvision.transforms.functional import resize
 
 from checkpoint import UserError, load_pretrained, make_evaluation_folder, run, write_atomically
-from data import input_of, normalize, read_picture
+from data import ImageSet, input_of, normalize
 from lincls import build_reader
 from model import ARCHS
 
@@ -50,6 +51,11 @@ def read_voc(data, part):
     return [root / f"JPEGImages/{image}.jpg" for image in images[:, 0]], labels.astype(int)
 
 
+def most_shots(y, rest):
+    """How many images with a class, and `rest` times as many without, labels [N, C] have of every class."""
+    return int(min((y == 1).sum(0).min(), (y == -1).sum(0).min() // rest))
+
+
 def average_precision(scores, truth):
     """Of scores [N] for truth [N], bool: mean over the true of the best precision at no lower recall."""
     positive = np.sort(scores[truth])                           # each a threshold, highest recall first
@@ -80,9 +86,10 @@ def main(args):
     backbone, config = load_pretrained(args.checkpoint, args.arch)
     depths, read = build_reader(backbone.to(device).eval().requires_grad_(False), argparse.Namespace(
         depths=hasattr(backbone, "bn1"), mean_of_patches=False, n_last_blocks=1))
-    (paths, y), (test_paths, test_y) = (read_voc(args.data or "datasets", p) for p in ("trainval", "test"))
-    rest = y.shape[1] - 1                                       # 19: as many negatives for each positive
-    most = min((y == 1).sum(0).min(), (y == -1).sum(0).min() // rest)
+    parts = [ImageSet(None, torch.from_numpy(y), None, np.array([os.fsencode(path) for path in paths]))
+             for paths, y in (read_voc(args.data or "datasets", part) for part in ("trainval", "test"))]
+    rest = parts[0].labels.shape[1] - 1                         # 19: as many negatives for each positive
+    most = most_shots(parts[0].labels, rest)
     for flag, low, high in (("shots", 1, most), ("samples", 1, 1e6), ("costs", 1e-9, 1e6),
                             ("depth", 0, len(depths)), ("seed", 0, 1e18)):
         if not low <= np.min(vars(args)[flag]) <= np.max(vars(args)[flag]) <= high:
@@ -92,14 +99,22 @@ def main(args):
         raise UserError(f"--output-dir {out}: is a file or holds a training run; choose another")
 
     size, mean, std = input_of(config)
-    pictures = (resize(read_picture(path), [round(size * 256 / 224)]) for path in paths + test_paths)
+    pictures = (picture for part in parts for picture in map(part.__getitem__, range(len(part))))
+    pictures = (resize(x, [round(size * 256 / 224)]) for x in pictures if x is not None)
     inputs = (normalize(resize(x, [size, size])[None].to(device) / 255, mean, std) for x in pictures)
     x = torch.cat([torch.nn.functional.normalize(read(x)[args.depth - 1].flatten(1)).cpu() for x in inputs])
+    y, test_y = (part.readable().labels.numpy() for part in parts)
+    num_broken = sum(map(len, parts)) - len(x)
+    if max(args.shots) > most_shots(y, rest):
+        raise UserError(f"--shots: at most {most_shots(y, rest)} of a class can be read")
     gram = (x.double() @ x[:len(y)].double().T + 1).numpy()     # [all images, those of trainval]
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")
     make_evaluation_folder(out)
-    metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], shots={})
+    metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], num_broken=num_broken,
+                   shots={})
+    if num_broken:
+        print(f"{num_broken} broken pictures left out")
     for k in args.shots:
         aps = np.zeros((args.samples, len(args.costs)))
         for sample, c in np.ndindex(args.samples, rest + 1):

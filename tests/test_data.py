@@ -57,7 +57,10 @@ def test_class_folders_with_train_and_val(tmp_path):
          "train/dog/._a.jpg")
     train = {"train/cat/a.JPEG": "cat", "train/cat/b.jpg": "cat", "train/cat/deep/er/c.png": "cat",
              "train/dog/a.bmp": "dog", "train/eel/a.gif": "eel"}
-    assert found(tmp_path) == found(tmp_path, "pretrain") == train and list(found(tmp_path)) == list(train)
+    assert found(tmp_path) == train and list(found(tmp_path)) == list(train)
+    blind = build_dataset(str(tmp_path), "pretrain")
+    assert blind.labels is None
+    assert list(map(os.fsdecode, blind.paths)) == [f"{tmp_path}/{name}" for name in train]
     assert found(tmp_path, "test") == {"val/cat/x.tif": "cat", "val/eel/x.webp": "eel"}
     assert build_dataset(str(tmp_path), "test").labels.tolist() == [0, 2]         # numbered as in training
     make(tmp_path, "val/fox/a.jpg")
@@ -323,7 +326,10 @@ def test_cifar(tmp_path, monkeypatch, unchecked, name, folder, files, meta, key)
         dataset = build_dataset(name, split, 0, str(tmp_path))
         expected = np.concatenate([pixels[f] for f in used]).reshape(-1, 3, 32, 32)
         assert dataset.images.equal(torch.from_numpy(expected)) and dataset.class_names[3] == "thing 3"
-        assert dataset.labels.tolist() == sum((labels[f] for f in used), [])
+        if split == "pretrain":
+            assert dataset.labels is None
+        else:
+            assert dataset.labels.tolist() == sum((labels[f] for f in used), [])
 
 
 def test_stl10(tmp_path, unchecked):

@@ -118,7 +118,7 @@ def one_process_beside(case):
         dist.is_initialized = up
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     images = BATCH // world_size
     bunches = [None, images, images // 2] + ([2 * images] if world_size == 4 else [])

@@ -391,7 +391,7 @@ def test_two_processes_on_cached_features(network, tmp_path, here):
     ("--mean-of-patches", 2, "not a ViT"), ("--epochs 0", 2, "--epochs"),
     ("--data {list}", 2, "has no labels"),
     ("--checkpoint none.pth", 2, "none.pth"), ("--resume {network}", 2, "another configuration"),
-    ("--weight-decays 1e30", 3, "the loss of every head is not finite")])
+    ("--weight-decays 1e30", 3, "of every head the loss of step")])
 def test_bad_input_is_one_line(network, bad, code, names, tmp_path, here, capsys):
     (tmp_path / "list.txt").write_text("a.png")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")

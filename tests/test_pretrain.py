@@ -118,19 +118,6 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
     assert_same_weights(trained, tmp_path / "killed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(5))
-def test_killed_at_any_moment(trained, tmp_path, moment):
-    command = f"pretrain.py {SMALL} --output-dir {tmp_path}/killed --save-every 1"
-    process = start(command)
-    wait_for(tmp_path / "killed" / "checkpoint.pth", process)
-    time.sleep(random.Random(moment).uniform(0, 1.5))          # saving takes a good part of such short steps
-    process.kill()
-    process.communicate()
-    run(command)
-    assert_same_weights(trained, tmp_path / "killed")
-
-
 def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
     command = f"pretrain.py {SMALL} --output-dir {tmp_path}/run"
     process = start(command)
@@ -209,6 +196,7 @@ run(pretrain.main, pretrain.get_parser())
 """
 
 
+@pytest.mark.slow
 def test_barlow_twins_in_two_processes_equals_one(tmp_path):
     """The whole stage, in double precision: in single, a ReLU flips by rounding and steps multiply it."""
     (tmp_path / "double.py").write_text(IN_DOUBLE.format(root=str(ROOT)))
@@ -226,7 +214,7 @@ def test_barlow_twins_in_two_processes_equals_one(tmp_path):
 def test_momentum_encoder_and_drop_path_resume_exactly(tmp_path):
     """A ViT with noise of its own, killed and resumed; and the teacher is the average that it should be."""
     flags = ("--arch vit_t --num-local 1 --local-size 16 --ema 0.5 --drop-path 0.3 --alpha 0.4 --clip-norm 3 "
-             "--batch-size 128 --lr 0.001 --warmup-epochs 0 --epochs 2 --save-every 1 --knn-every 0")
+             "--batch-size 64 --lr 0.001 --warmup-epochs 0 --epochs 1 --save-every 1 --knn-every 0")
     run(f"pretrain.py {SMALL} {flags} --output-dir {tmp_path}/straight")
     after, before = (torch.load(tmp_path / "straight" / name, weights_only=True)
                      for name in ("checkpoint.pth", "checkpoint.prev.pth"))
@@ -349,7 +337,7 @@ def pictures(tmp_path_factory):
     (root / "notes" / "a.txt").write_text("no picture")
     for i, name in enumerate(names[:32]):
         content = (root / name).read_bytes()
-        (root / "broken" / f"{i}.jpg").write_bytes(content[:300] if i == 20 else content)
+        (root / "broken" / f"{i}.jpg").write_bytes(content[:300] if i < 20 else content)
     return root
 
 
@@ -399,8 +387,7 @@ def test_pictures_without_labels(pictures, tmp_path):
     ("sound", None), ("none", "'{root}/none' is neither a data set"), ("empty", "{root}/empty: no pictures"),
     ("notes", "{root}/notes: no pictures"),
     ("gap.txt", "{root}/gap.txt: line 65 names a missing file: {root}/sound/train/dog.jpg"),
-    ("broken --workers 0", "{root}/broken/20.jpg: not a readable picture"),
-    ("broken --workers 1", "{root}/broken/20.jpg: not a readable picture")])
+    ("broken --workers 1", "--data: 11 of 32 pictures cannot be read")])
 def test_bad_data_is_one_line_and_code_2(pictures, data, names, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     command = f"{ON_FILES} --epochs 1 --workers 0 --output-dir {tmp_path}/out --data {pictures}/{data}"

@@ -335,15 +335,38 @@ def test_bad_input_is_one_line(here, flags, names, tmp_path, capsys):
     ("sed -i 3d ImageSets/Main/cat_test.txt", "CLASS_test.txt"),
     ("sed -i 3d ImageSets/Main/[dt]*_test.txt", "CLASS_test.txt"),
     ("sed -i 's/$/ 1/' ImageSets/Main/cow_trainval.txt", "CLASS_trainval.txt"),
-    ("rm JPEGImages/test007.jpg", "test007.jpg"),
-    ("truncate -s 100 JPEGImages/trainval003.jpg", "trainval003.jpg: not a readable picture")])
+    ("rm JPEGImages/test02*.jpg JPEGImages/test007.jpg", "11 of 40 pictures cannot be read")])
 def test_a_damaged_folder_is_one_line(here, voc, damage, names, tmp_path, capsys):
     shutil.copytree(voc, tmp_path / "voc")
     subprocess.run(damage, shell=True, check=True, cwd=tmp_path / "voc")
     assert here(f"--data {tmp_path}/voc") == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and names in err, err
+    *warnings, err = capsys.readouterr().err.splitlines()
+    assert names in err and len(warnings) == 11 * ("11 of" in names), err
     assert not (tmp_path / "out").exists()
+
+
+def test_broken_pictures_are_left_out(here, voc, tmp_path, capsys):
+    """Of the same numbers as without them in the lists."""
+    for name in ("damaged", "without"):
+        shutil.copytree(voc, tmp_path / name)
+    (tmp_path / "damaged/JPEGImages/trainval003.jpg").write_bytes(b"")
+    (tmp_path / "damaged/JPEGImages/test007.jpg").unlink()
+    subprocess.run("sed -i -e /trainval003/d -e /test007/d ImageSets/Main/*_*.txt", shell=True, check=True,
+                   cwd=tmp_path / "without")
+    found = {}
+    for name in ("damaged", "without"):
+        assert here(f"--data {tmp_path}/{name}") == 0
+        found[name] = metrics_of(tmp_path / "out")
+        assert found[name]["num_broken"] == (2 if name == "damaged" else 0)
+        assert ("2 broken pictures left out" in capsys.readouterr().out) == (name == "damaged")
+    assert found["damaged"]["shots"] == found["without"]["shots"]
+    labels = svm.read_voc(tmp_path / "damaged", "trainval")[1]
+    most = svm.most_shots(labels, 3)
+    rarest = np.flatnonzero(labels[:, (labels == 1).sum(0).argmin()] == 1)
+    for i in rarest[:10]:
+        (tmp_path / f"damaged/JPEGImages/trainval{i:03d}.jpg").write_bytes(b"")
+    assert here(f"--data {tmp_path}/damaged --shots {most}") == 2
+    assert "--shots: at most" in capsys.readouterr().err
 
 
 def test_a_training_runs_folder_and_a_broken_network_are_refused(here, network, tmp_path, capsys):

@@ -1,0 +1,709 @@
+"""Runs that are disturbed: killed at any moment, preempted, a worker or a launcher lost, processes added.
+
+Stages run in forks of a server that has imported them, as importing torch takes longer than such a run.
+"""
+
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_lincls import saved_network
+
+import checkpoint
+import data
+
+ROOT = Path(__file__).parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_faults", "pretrain", "selflabel", "distill", "lincls", "semisup",
+                              "matplotlib.pyplot"])
+STAGES = {                       # flags of a run of 24 steps or 33, over an epoch's end
+    "pretrain": "--data fake --image-size 16 --batch-size 40 --epochs 2 --hidden-dim 32 --ema 0.9 "
+                "--knn-every 0",
+    "selflabel": "--checkpoint {network} --batch-size 40 --epochs 2 --ema 0.9",
+    "distill": "--teacher {network} --batch-size 40 --epochs 2 --queue-size 120 --num-local 1",
+    "lincls": "--checkpoint {network} --batch-size 40 --epochs 3 --lrs 0.3 3",     # the first epoch is best
+    "semisup": "--checkpoint {network} --batch-size 32 --epochs 3 --label-fraction 0.5",
+}
+OFTEN = "--print-every 2 --save-every 3"
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+
+
+def in_fork(stage, command, output):
+    """What a process of begin() does; its stdout and stderr go to OUTPUT.out and OUTPUT.err."""
+    os.setsid()
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(f"{output}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)       # for its readers, as it is in a plain process
+    script = importlib.import_module(stage)
+    sys.argv = [f"{stage}.py", *shlex.split(command)]
+    checkpoint.run(script.main, script.get_parser())
+
+
+def begin(stage, flags, out, target=in_fork, first=()):
+    """A running stage, as `python STAGE.py FLAGS --output-dir OUT` would be."""
+    with pytest.MonkeyPatch.context() as patch:                # read once, when the server starts
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process = FORKS.Process(target=target, args=(*first, stage, f"{flags} --output-dir {out}", str(out)))
+        process.start()
+    return process
+
+
+def end(process, out, code=0):
+    process.join(300)
+    said = "".join(Path(f"{out}{suffix}").read_text() for suffix in (".out", ".err"))
+    assert process.exitcode == code, f"exit code {process.exitcode}\n{said}"
+    return said
+
+
+def wait_until(true, process, seconds=120, pause=0.005):
+    """Whether something became true before the process ended."""
+    deadline = time.time() + seconds
+    while not true():
+        if not process.is_alive():
+            return False
+        assert time.time() < deadline, "nothing happened"
+        time.sleep(pause)
+    return True
+
+
+def log_lines(out):
+    """The whole lines of a log, of a run that may be writing it; none yet if there is no log."""
+    path = out / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+
+def losses(out):
+    return [line for line in log_lines(out) if "loss" in line]
+
+
+def same(a, b):
+    """Bit for bit, of nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def content(path):
+    """A file of a run, without what may differ: its folder, readers, times, memory."""
+    if path.suffix == ".pth":
+        state = torch.load(path, weights_only=True)
+        for name in {"output_dir", "workers"} & state.get("config", {}).keys():
+            del state["config"][name]
+        return state
+    if path.name == "metrics.json":
+        of_the_machine = ("images_per_s", "waiting", "memory_mib")
+        metrics = json.loads(path.read_text())
+        return {key: value for key, value in metrics.items() if key not in of_the_machine}
+    return path.read_bytes() if path.suffix in (".csv", ".txt") else None
+
+
+def assert_same_run(a, b):
+    """All files of two runs: weights, optimizer, noise, queues, best heads, metrics, predictions."""
+    names = {path.name for path in a.iterdir()}
+    assert names == {path.name for path in b.iterdir()}
+    for name in names:
+        assert same(content(a / name), content(b / name)), name
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return saved_network(tmp_path_factory.mktemp("network"), "--data fake --arch resnet8 --image-size 16")
+
+
+@pytest.fixture(scope="module")
+def straight(network, tmp_path_factory):
+    """stage -> (flags, folder, seconds to the first save, seconds to the end) of its undisturbed run."""
+    root, runs = tmp_path_factory.mktemp("straight"), {}
+
+    def of(stage):
+        if stage not in runs:
+            flags, out, start = f"{STAGES[stage].format(network=network)} {OFTEN}", root / stage, time.time()
+            process = begin(stage, flags, out)
+            assert wait_until((out / "checkpoint.pth").exists, process)
+            saved = time.time() - start
+            end(process, out)
+            runs[stage] = flags, out, saved, time.time() - start
+        return runs[stage]
+    return of
+
+
+# ---------------------------------------------------------------- killed
+UNFINISHED = ("checkpoint.pth.new.tmp", "checkpoint.pth.new", "backbone.pth.tmp")       # files of a save
+
+
+def killed(stage, straight, out, kind, rng):
+    """Kills a run at a random moment; True if it was one of that kind: any, later, inside (a save)."""
+    flags, _, first, whole = straight(stage)
+    process = begin(stage, flags, out)
+    if kind == "any":
+        time.sleep(rng.uniform(0, whole))
+    else:
+        wait_until((out / "checkpoint.pth").exists, process)
+        time.sleep(rng.uniform(0, whole - first))
+    if kind == "inside":
+        wait_until((out / rng.choice(UNFINISHED[:2 if stage == "lincls" else 3])).exists, process, pause=0)
+    process.kill()
+    process.join()
+    left = any((out / name).exists() for name in UNFINISHED)
+    torn = left or (out / "checkpoint.prev.pth").exists() and not (out / "checkpoint.pth").exists()
+    finished = process.exitcode != -signal.SIGKILL or any("status" in line for line in log_lines(out))
+    return not finished and {"any": True, "later": (out / "checkpoint.pth").exists(), "inside": torn}[kind]
+
+
+def killed_and_resumed(stage, straight, folder, kind, rng):
+    """Of one kill of a kind the step that the run went on from, None if it began anew; all is compared."""
+    for attempt in range(20):
+        out = folder / f"{kind}{attempt}"
+        if killed(stage, straight, out, kind, rng):
+            break
+    else:
+        raise AssertionError(f"20 runs of {stage}, and none was killed in time: {kind}")
+    state = checkpoint.load_last_checkpoint(out)
+    step, flags = state and state["step"], straight(stage)[0]
+    said = end(begin(stage, flags, out), out)
+    resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
+    assert resumed == ([] if step is None else [step]) and ("resumed from step" in said) == bool(step)
+    assert_same_run(straight(stage)[1], out)
+    return step
+
+
+def test_killed_before_after_and_inside_a_save(straight, tmp_path):
+    for kind in ("later", "inside"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        assert killed_and_resumed("lincls", straight, folder, kind, random.Random(1)) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_twenty_random_moments(stage, straight, tmp_path):
+    kinds = ["later"] * 12 + ["inside"] * 5 + ["any"] * 3
+    rng, steps = random.Random(stage), {}
+    for i, kind in enumerate(kinds):
+        (tmp_path / str(i)).mkdir()
+        step = killed_and_resumed(stage, straight, tmp_path / str(i), kind, rng)
+        steps.setdefault(kind, []).append(step)
+        assert step or kind == "any"
+    print(f"\n{stage}: resumed from the steps {steps}; {len(kinds)} of {len(kinds)} as undisturbed")
+
+
+@pytest.mark.parametrize("stage", ["semisup", *(pytest.param(stage, marks=pytest.mark.slow)
+                                                for stage in ("pretrain", "selflabel", "distill"))])
+def test_killed_between_the_two_files_of_the_last_save(stage, straight, tmp_path):
+    """backbone.pth must be that of the checkpoint, though no step is left to be made."""
+    flags, undisturbed, _, _ = straight(stage)                 # 24 steps, 8 saves
+    out = tmp_path / "run"
+    process = begin(stage, flags, out, in_fork_killed_before, (16,))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    end(begin(stage, flags, out), out)
+    assert_same_run(undisturbed, out)
+
+
+def in_fork_killed_before(call, stage, command, out):
+    script, calls = importlib.import_module(stage), []
+
+    def counted(write):
+        def write_or_die(path, content):
+            calls.extend(["one more"] if path.name in ("checkpoint.pth", "backbone.pth") else [])
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, content)
+        return write_or_die
+    for name in ("save_checkpoint", "write_atomically"):
+        setattr(script, name, counted(getattr(script, name)))
+    in_fork(stage, command, out)
+
+
+@pytest.mark.slow
+def test_killed_while_the_curves_are_drawn(straight, tmp_path):
+    """metrics.json, which says that a run is finished, comes after everything else."""
+    flags, undisturbed, _, _ = straight("pretrain")
+    process = begin("pretrain", flags, tmp_path / "run", in_fork_killed_in, ("draw_curves",))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    end(begin("pretrain", flags, tmp_path / "run"), tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def in_fork_killed_in(name, stage, command, out):
+    setattr(importlib.import_module(stage), name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    in_fork(stage, command, out)
+
+
+class Counted(io.BufferedWriter):
+    """A file whose process is killed before the n-th operation on any file; what was not flushed is lost."""
+
+    done, fatal = [], None
+
+    def __init__(self, path, mode):
+        self.tick("open", path)
+        super().__init__(io.FileIO(path, mode))
+
+    @classmethod
+    def tick(cls, operation, *args):
+        cls.done.append((operation, *map(str, args)))
+        if len(cls.done) == cls.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self, data):
+        self.tick("write")
+        return super().write(data)
+
+    def flush(self):
+        self.tick("flush")
+        super().flush()
+
+
+def save_or_die(path, state, fatal):
+    """In a fork: save_checkpoint, killed before its n-th operation; else the operations, into a file."""
+    def counted(name):
+        function = getattr(os, name)
+
+        def do(*args):
+            Counted.tick(name, *args)
+            return function(*args)
+        return do
+    Counted.fatal, checkpoint.open = fatal, Counted
+    for name in ("fsync", "replace"):
+        setattr(os, name, counted(name))
+    checkpoint.save_checkpoint(path, state)
+    path.with_name("operations").write_text(json.dumps(Counted.done))
+
+
+@pytest.mark.parametrize("saved_before", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_before_every_operation_of_a_save(saved_before, tmp_path):
+    """What is found is the last state or the one before, whole, and the next save is none the worse."""
+    def state(step):
+        return dict(model=dict(w=torch.full((3, 1000), float(step))), config={}, step=step, stage="pretrain")
+
+    def found(out):
+        last = checkpoint.load_last_checkpoint(out)
+        assert last is None or same(last, dict(state(last["step"]), version=checkpoint.VERSION))
+        return last and last["step"]
+
+    seen = set()
+    for fatal in range(1, 200):
+        out = tmp_path / str(fatal)
+        out.mkdir()
+        for step in range(saved_before):
+            checkpoint.save_checkpoint(out / "checkpoint.pth", state(step + 1))
+        process = FORKS.Process(target=save_or_die, args=(out / "checkpoint.pth", state(3), fatal))
+        process.start()
+        process.join(60)
+        seen.add(found(out))
+        assert found(out) in {saved_before or None, 3}
+        checkpoint.save_checkpoint(out / "checkpoint.pth", state(4))
+        assert found(out) == 4
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert seen == {saved_before or None, 3} and fatal > 10
+
+    # and the order that outlives a power cut, too: all is on the disk before it has the name
+    operations = [operation for operation, *_ in json.loads((out / "operations").read_text())]
+    first_name = operations.index("replace")
+    assert "fsync" in operations[:first_name]
+    assert "write" not in operations[operations.index("fsync"):]
+
+
+# ---------------------------------------------------------------- with readers
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_readers_of_a_run_do_not_stand_in_its_way(signum, straight, tmp_path):
+    """torchrun and a terminal send a signal to them, too; killed, a run has left them with its open files."""
+    flags, undisturbed, _, _ = straight("semisup")
+    out = tmp_path / "run"
+    process = begin("semisup", f"{flags} --workers 2", out)
+    wait_until(lambda: len(losses(out)) > 1, process)
+    if signum == signal.SIGTERM:
+        os.killpg(process.pid, signum)
+        assert "stopped by SIGTERM" in end(process, out, 143)
+    else:
+        process.kill()
+        process.join()
+    end(begin("semisup", f"{flags} --workers 2", out), out)
+    assert_same_run(undisturbed, out)
+
+
+# ---------------------------------------------------------------- preempted
+SOME = [("lincls", signal.SIGUSR1), ("semisup", signal.SIGINT)]
+
+
+@pytest.mark.parametrize("stage, signum", [
+    pytest.param(stage, signum, marks=() if (stage, signum) in SOME else pytest.mark.slow)
+    for stage in STAGES for signum in SIGNALS])
+def test_a_signal_saves_at_the_next_line(stage, signum, straight, tmp_path):
+    flags, undisturbed, _, _ = straight(stage)
+    out = tmp_path / "run"
+    process = begin(stage, flags, out)
+    wait_until(lambda: losses(out), process)
+    os.kill(process.pid, signum)
+    seen = losses(out)[-1]["step"]
+    said, last = end(process, out, SIGNALS[signum]), log_lines(out)[-1]
+    assert last["status"] == f"stopped by {signum.name}, saved" and said.count("stopped by") == 1
+    assert seen <= last["step"] <= seen + 4                    # lines are two steps apart, one was under way
+    assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] == last["step"]
+    end(begin(stage, flags, out), out)
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, *(pytest.param(signum, marks=pytest.mark.slow)
+                                                      for signum in (signal.SIGINT, signal.SIGTERM))])
+def test_a_signal_before_the_first_step_breaks_nothing(signum, straight, tmp_path):
+    """It ends the process as if there were no handler, as there is none yet; the same command goes on."""
+    flags, undisturbed, _, _ = straight("semisup")
+    out = tmp_path / "run"
+    process = begin("semisup", flags, out)
+    wait_until((out / "config.json").exists, process, pause=0)
+    os.kill(process.pid, signum)
+    process.join()
+    assert process.exitcode in (-signum, SIGNALS[signum])
+    assert process.exitcode == 130 or not (out / "checkpoint.pth").exists()
+    end(begin("semisup", flags, out), out)
+    assert_same_run(undisturbed, out)
+
+
+# ---------------------------------------------------------------- several processes
+TORCHRUN = "--nproc-per-node 2 --standalone"
+LAUNCHED = []
+ALL_SIGNALS = "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TOGETHER = f"{STAGES['pretrain']} {OFTEN} --epochs 4"                # 48 steps
+
+
+def launch(torchrun, flags, out, script="pretrain.py", **more):
+    """torchrun in a session of its own; its output goes to OUT.out, the workers' to it, too."""
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(torchrun), str(ROOT / script),
+               *shlex.split(flags), "--output-dir", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **more}
+    with open(f"{out}.out", "a") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output,
+                                   start_new_session=True)
+    return launched(process)
+
+
+def launched(process):
+    process.is_alive = lambda: process.poll() is None
+    LAUNCHED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Of a test that failed neither a launcher nor its workers, each of which has a session of its own."""
+    yield
+    while LAUNCHED:
+        process = LAUNCHED.pop()
+        if process.is_alive():
+            for pid in [process.pid, *children(process.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def landed(process, out, code=0):
+    """Output of a launcher that has ended with an exit code."""
+    process.wait(300)
+    said = Path(f"{out}.out").read_text()
+    assert process.returncode == code, f"exit code {process.returncode}\n{said}"
+    return said
+
+
+def children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def workers(launcher):
+    """{rank: process id} of a launcher's workers."""
+    environments = {pid: Path(f"/proc/{pid}/environ").read_text() for pid in children(launcher.pid)}
+    ranks = {pid: re.search(r"(?:^|\0)RANK=(\d+)", text) for pid, text in environments.items()}
+    return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    """Folder of the undisturbed run of two processes."""
+    out = tmp_path_factory.mktemp("in_two") / "run"
+    landed(launch(TORCHRUN, TOGETHER, out), out)
+    return out
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_bits_twice(in_two, tmp_path):
+    landed(launch(TORCHRUN, TOGETHER, tmp_path / "run"), tmp_path / "run")
+    assert_same_run(in_two, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_from_the_checkpoint(rank, in_two, tmp_path):
+    out = tmp_path / "run"
+    launcher = launch(f"{TORCHRUN} --max-restarts 2", TOGETHER, out)
+    assert wait_until((out / "checkpoint.pth").exists, launcher)
+    time.sleep(random.Random(rank).uniform(0, 1))
+    os.kill(workers(launcher)[rank], signal.SIGKILL)
+    said = landed(launcher, out)
+    resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
+    print(f"\nrank {rank} killed, resumed from {resumed}")
+    assert len(resumed) == 1 and 3 <= resumed[0] < 48, said
+    assert_same_run(in_two, out)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_without_restarts_ends_the_run_and_is_named(in_two, tmp_path):
+    out = tmp_path / "run"
+    launcher = launch(TORCHRUN, TOGETHER, out)
+    assert wait_until((out / "checkpoint.pth").exists, launcher)
+    os.kill(workers(launcher)[1], signal.SIGKILL)
+    start = time.time()
+    said = landed(launcher, out, 1)
+    print(f"\nended {time.time() - start:.1f} s after rank 1 was killed")
+    assert "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
+    assert time.time() - start < 40
+    landed(launch(TORCHRUN, TOGETHER, out), out)
+    assert_same_run(in_two, out)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_within_the_timeout(in_two, tmp_path):
+    out = tmp_path / "run"
+    launcher = launch(TORCHRUN, f"{TOGETHER} --timeout 15", out)
+    assert wait_until((out / "checkpoint.pth").exists, launcher)
+    ranks, start = workers(launcher), time.time()
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert wait_until(lambda: "--timeout 15 s" in Path(f"{out}.out").read_text(), launcher)
+    print(f"\nrank 0 gave up {time.time() - start:.1f} s after rank 1 hung")
+    assert time.time() - start < 25
+    said = landed(launcher, out, 1)
+    print(f"the run {time.time() - start:.1f} s after")
+    assert "rank 0: another process of this run died or did not answer within --timeout 15 s" in said
+    landed(launch(TORCHRUN, TOGETHER, out), out)
+    assert_same_run(in_two, out)
+
+
+@pytest.mark.slow
+def test_one_of_two_launchers_is_killed_and_started_again(in_two, tmp_path):
+    """As two machines: the one that is lost is not the one that the others meet at."""
+    out, port = tmp_path / "run", free_port()
+
+    def start(node):
+        meet = ("--nnodes 2 --nproc-per-node 1 --max-restarts 3 --rdzv-id faults --rdzv-backend c10d "
+                f"--rdzv-endpoint localhost:{port} --local-addr localhost "
+                f"--rdzv-conf is_host={int(node == 0)}")
+        # without it torch 2.14 does not tell a launcher that comes back where the others meet
+        return launch(meet, TOGETHER, out, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+    launchers = [start(0), start(1)]
+    assert wait_until((out / "checkpoint.pth").exists, launchers[1])
+    for pid in workers(launchers[1]).values():
+        os.killpg(pid, signal.SIGKILL)
+    os.killpg(launchers[1].pid, signal.SIGKILL)
+    launchers[1].wait()
+    began = time.time()
+    launchers[1] = start(1)
+    for launcher in launchers:
+        landed(launcher, out)
+    resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
+    print(f"\na launcher killed, resumed from {resumed}, done {time.time() - began:.0f} s after it came back")
+    assert resumed and resumed[0] >= 3
+    assert_same_run(in_two, out)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+NOISY = ("--data fake --image-size 16 --arch vit_t --drop-path 0.3 --batch-size 40 --hidden-dim 32 "
+         "--epochs 1 --knn-every 0 --print-every 2")
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("noisy") / "run"
+    landed(launch(TORCHRUN, NOISY, out), out)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_all_ranks_stop_together(signum, noisy, tmp_path):
+    """torchrun hands the signal on, or rank 1 alone has it. A rank's own noise, drop path's, goes on, too."""
+    out = tmp_path / "run"
+    launcher = launch(f"{TORCHRUN} {ALL_SIGNALS}", NOISY, out)
+    assert wait_until(lambda: losses(out), launcher)
+    os.kill(workers(launcher)[1] if signum == signal.SIGTERM else launcher.pid, signum)
+    seen = losses(out)[-1]["step"]
+    said, last = landed(launcher, out, 1), log_lines(out)[-1]
+    assert last["status"] == f"stopped by {signum.name}, saved" and seen <= last["step"] <= seen + 4
+    assert said.count("the same command goes on") == 1
+    landed(launch(f"{TORCHRUN} {ALL_SIGNALS}", NOISY, out), out)
+    assert {"resumed_from": last["step"]} in log_lines(out)
+    for name in ("checkpoint.pth", "backbone.pth", "metrics.json"):
+        assert same(content(noisy / name), content(out / name)), name
+
+
+@pytest.mark.slow
+def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(tmp_path):
+    """recipes/slurm.sbatch itself, with commands of Slurm that do as if."""
+    out, small = tmp_path / "run", f"{TOGETHER.replace('--data fake', '')}"
+    text = (ROOT / "recipes/slurm.sbatch").read_text()
+    for old, new in (("runs/resnet50_multicrop", str(out)), ("@recipes/resnet50_multicrop.txt", small),
+                     ("--nproc-per-node 8", "--nproc-per-node 2"), (":29500", f":{free_port()}")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "sound").write_text(text)
+    (tmp_path / "wrong").write_text(text.replace(small, f"{small} --lr nan"))
+    commands = {"srun": 'exec "$@"', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+                "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued'}
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def submit(script):
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "fake", "SLURM_NNODES": "1",
+               "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "here"}
+        with open(f"{out}.out", "a") as output:
+            process = subprocess.Popen(["bash", str(tmp_path / script)], cwd=ROOT, env=env, stdout=output,
+                                       stderr=output, start_new_session=True)
+        return launched(process)
+
+    def requeued():
+        path = tmp_path / "requeued"
+        return path.read_text().splitlines() if path.exists() else []
+
+    job = submit("sound")
+    assert wait_until(lambda: losses(out), job)
+    torchrun, = children(job.pid)
+    os.kill(torchrun, signal.SIGUSR1)
+    landed(job, out, 1)
+    stopped = log_lines(out)[-1]
+    assert stopped["status"] == "stopped by SIGUSR1, saved" and requeued() == ["requeue 17"]
+    assert "--lr nan: must be" in landed(submit("wrong"), out, 1)
+    assert log_lines(out)[-1] == stopped and requeued() == ["requeue 17"]       # the log still ends with it
+    landed(submit("sound"), out, 0)
+    assert log_lines(out)[-1]["status"] == "done" and requeued() == ["requeue 17"]
+
+
+# ---------------------------------------------------------------- another number of processes
+def in_double():
+    """From now on this process computes in double precision: in single, rounding grows from step to step."""
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    item = data.Batches.__getitem__
+    data.Batches.__getitem__ = lambda self, step: [x.double() if x.is_floating_point() else x
+                                                   for x in item(self, step)]
+
+
+def in_fork_in_double(stage, command, out):
+    in_double()
+    in_fork(stage, command, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_then_two_then_one_process(stage, network, tmp_path):
+    """The same global batches in the same views: but for rounding the run of one process from end to end."""
+    flags = f"{STAGES[stage].format(network=network)} --print-every 1 --save-every 50"
+    script = tmp_path / f"{stage}.py"
+    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+                      f"import {stage}, test_faults\n"
+                      f"test_faults.in_double()\n{stage}.run({stage}.main, {stage}.get_parser())\n")
+
+    def one(out):
+        return begin(stage, flags, out, in_fork_in_double)
+
+    def two(out):
+        return launch(TORCHRUN, flags, out, script)
+
+    end(one(tmp_path / "straight"), tmp_path / "straight")
+    out, places = tmp_path / "run", []
+    for processes, land, code in ((one, end, 143), (two, landed, 1)):
+        process, already = processes(out), len(losses(out))
+        assert wait_until(lambda already=already: len(losses(out)) > already + 3, process)
+        os.kill(process.pid, signal.SIGTERM)
+        land(process, out, code)
+        assert log_lines(out)[-1]["status"] == "stopped by SIGTERM, saved"
+        places.append(log_lines(out)[-1]["step"])
+    end(one(out), out)
+    assert [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line] == places
+    a, b = ([line["loss"] for line in losses(folder)] for folder in (tmp_path / "straight", out))
+    states = [torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+              for folder in (tmp_path / "straight", out)]
+    apart = max((x - y).abs().max().item() for x, y in zip(*(s.values() for s in states), strict=True))
+    print(f"\n{stage}: two processes from step {places[0]} to {places[1]}; losses differ by "
+          f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}, weights by {apart:.1e}")
+    if stage == "semisup":                                     # its batch norms are each process's own
+        assert a[:places[0]] == b[:places[0]] and a[places[0]:places[1]] != b[places[0]:places[1]]
+    else:
+        assert a == pytest.approx(b, rel=1e-7) and apart < 1e-7
+
+
+# ---------------------------------------------------------------- long runs
+LONG = {                         # 2,000 steps or a few more
+    "pretrain": "--data fake --batch-size 4 --epochs 16 --hidden-dim 16 --ema 0.9",
+    "pretrain, files": "--data {pictures} --image-size 32 --batch-size 4 --epochs 100 --hidden-dim 16 "
+                       "--workers 2 --knn-every 5",
+    "selflabel": "--checkpoint {network} --batch-size 4 --epochs 16",
+    "distill": "--teacher {network} --batch-size 4 --epochs 16 --queue-size 64",
+    "lincls": "--checkpoint {network} --batch-size 8 --epochs 36 --lrs 0.3",
+    "semisup": "--checkpoint {network} --batch-size 4 --epochs 32 --label-fraction 0.5",
+}
+
+
+def measure(process, out):
+    """[(step, MiB, open files, processes)] of a run and its readers, about every 100 steps of its log."""
+    series, at = [], 50
+    while process.is_alive() and at <= 2000:
+        step = max([line["step"] for line in losses(out)], default=0)
+        if step >= at:
+            pids = [process.pid, *children(process.pid)]
+            try:
+                kib = sum(int(re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+                          for pid in pids)
+                files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+            except (OSError, TypeError):                        # one that has just ended
+                continue
+            series.append((step, kib // 1024, files, len(pids)))
+            at = step + 100
+        time.sleep(0.05)
+    return series
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", LONG)
+def test_memory_and_open_files_of_2000_steps_stay_flat(run, network, tmp_path):
+    for i in range(100):                                        # 80 to train on
+        path = tmp_path / "pictures" / ("val" if i % 5 == 4 else "train") / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 48), 20 + 20 * (i % 2)).save(path)
+    flags = LONG[run].format(network=network, pictures=tmp_path / "pictures")
+    process = begin(run.split(",")[0], f"{flags} --save-every 100 --print-every 50", tmp_path / "run")
+    series = measure(process, tmp_path / "run")
+    print(f"\n{run}: (step, MiB, open files, processes) {series}")
+    end(process, tmp_path / "run")
+    _, memory, *rest = zip(*(row for row in series if row[0] >= 400), strict=True)
+    assert len(memory) >= 15 and max(memory) <= 1.05 * memory[0]
+    for numbers in rest:                                        # with readers some come and go
+        assert statistics.median(numbers[-5:]) <= statistics.median(numbers[:5])
