@@ -553,7 +553,8 @@ def main(args):
         network.to(device)
         if args.bn_images:
             drawn = np.random.default_rng([seed, 6]).permutation(len(train))[:args.bn_images]
-            batch = len(drawn) // max(1, round(len(drawn) / args.batch_size))     # all of one size, or nearly
+            count = min(round(len(drawn) / args.batch_size), len(drawn) // 2)       # at least two images each
+            batch = len(drawn) // max(1, count)                                   # all of one size, or nearly
             train = train.subset(torch.from_numpy(drawn[:len(drawn) // batch * batch]))
             reestimate_batch_norms(network, eval_batches(train, config, device, batch, args.workers))
             remarks.append(f"batch-norm statistics are those of {len(train.readable()):,} training images")

@@ -447,9 +447,12 @@ VIEWS = {                        # the first global crop, the second, the local 
 }
 
 
-def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2):
-    """The V = num_global + num_local views of the recipe `name`, as a `Views`."""
+def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, arch=""):
+    """The V = num_global + num_local views of the recipe `name`, as a `Views`, for a network of that arch."""
     recipe = VIEWS[name]
+    least = min(size, local_size if num_local > 0 else size)
+    if arch.startswith("vit") and least < 16:
+        raise UserError(f"--image-size, --local-size: {arch} has patches of 16, a crop {least} pixels")
     if num_local > 0 and len(recipe) < 3:
         raise UserError(f"--num-local {num_local}: --views {name} has no local crops; --views multicrop has")
     views = [(size, recipe[v]) for v in range(num_global)] + [(local_size, recipe[-1])] * num_local

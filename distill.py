@@ -162,7 +162,7 @@ def main(args):
         of_pictures = "seed" if args.num_local > 0 else "moco"
         recipe = "fashion-mnist" if inputs["data"] == "fashion-mnist" else of_pictures
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        num_global=1)
+                        num_global=1, arch=max(args.arch, source["arch"]))       # a ViT's, if one is
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)

@@ -155,7 +155,8 @@ def main(args):
     if recipe == "auto":
         of_pictures = "multicrop" if args.num_local > 0 else "barlow"
         recipe = "fashion-mnist" if args.data == "fashion-mnist" else of_pictures
-    views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local)
+    views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
+                        arch=args.arch)
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     steps_per_epoch = batches.steps_per_epoch
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)

@@ -135,7 +135,7 @@ def test_a_disk_too_small_for_a_save(network, tmp_path):
         process = begin("pretrain", f"{STAGES['pretrain']} {OFTEN}", tmp_path / "run")
         said = ended(process, tmp_path / "run", 2)
         assert "cannot be written (No space left on device)" in said
-        assert not list((disk / "run").glob("*.pth*"))
+        assert not list((disk / "run").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("errors", [None, pytest.param(subprocess.PIPE, marks=pytest.mark.slow)])
