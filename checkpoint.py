@@ -40,6 +40,11 @@ class UserError(Exception):
     """Something the user can mend; says what, where and how. Stages print it as one line and exit with 2."""
 
 
+def printable(name):
+    """A name of a file, or in one, with what is not to be printed, newlines or no UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 # ---------------------------------------------------------------- arguments
 def parse_args(parser, argv=None):
     """Parses flags and `@file`s (lines of `--flag value`, # comments); `_` in a long flag is taken as `-`.
@@ -454,7 +459,7 @@ def differences(expected, found):
 
 
 def _first(names, count):
-    names = ["".join(c if c.isprintable() else "?" for c in str(name)) for name in names]
+    names = [printable(str(name)) for name in names]
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 

@@ -24,7 +24,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
-from checkpoint import UserError
+from checkpoint import UserError, printable
 
 INPUTS = {                       # built-in data sets: pixels, and mean and std of pixels in 0..1, by channel
     "fashion-mnist": (28, (0.2860,), (0.3530,)),
@@ -157,11 +157,6 @@ def build_dataset(name, split, seed=0, data_dir="datasets"):
     return ImageSet(None, None if labels is None else torch.tensor(labels),
                     class_names and [printable(name) for name in class_names],
                     np.array([os.fsencode(path) for path in paths]))
-
-
-def printable(name):
-    """A name of a file with what is not to be printed, newlines or bytes that are no UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _torchvisions(name, split, data_dir):
