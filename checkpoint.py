@@ -40,6 +40,12 @@ class UserError(Exception):
     """Something the user can mend; says what, where and how. Stages print it as one line and exit with 2."""
 
 
+def to_stderr(line):
+    """Prints a line to stderr in one write: by `print` those of several processes get mixed up."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def printable(name):
     """A name of a file, or in one, with what is not to be printed, newlines or no UTF-8, as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
@@ -73,7 +79,7 @@ def _exit(prog, message, code=2):
     elif local_rank != "0":                      # before, all make the same: it is said once on each machine
         sys.exit(code)
     try:
-        print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+        to_stderr(f"{prog}: error: {message}")
     except OSError:              # it goes to the disk that is full; the exit code is to be right all the same
         pass
     sys.exit(code)
@@ -202,8 +208,7 @@ def _lock(out):
     except BlockingIOError:
         raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
     except OSError as error:     # some network file systems
-        print(f"warning: {out} cannot be locked ({error.strerror}): mind that no other run uses it",
-              file=sys.stderr)
+        to_stderr(f"warning: {out} cannot be locked ({error.strerror}): mind that no other run uses it")
     register_after_fork(lock, io.TextIOWrapper.close)          # readers of a killed run outlive it by seconds
     return lock
 
@@ -705,7 +710,7 @@ def load_last_checkpoint(out):
         except UserError as error:
             if i + 1 == len(paths):
                 raise
-            print(f"warning: {error}; going back to {paths[i + 1].name}", file=sys.stderr)
+            to_stderr(f"warning: {error}; going back to {paths[i + 1].name}")
             continue
         if i > 0:
             try:

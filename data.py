@@ -11,7 +11,6 @@ the number of processes and workers, and wherever it was stopped.
 import gzip
 import os
 import stat
-import sys
 import warnings
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -24,7 +23,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
-from checkpoint import UserError, printable
+from checkpoint import UserError, printable, to_stderr
 
 INPUTS = {                       # built-in data sets: pixels, and mean and std of pixels in 0..1, by channel
     "fashion-mnist": (28, (0.2860,), (0.3530,)),
@@ -90,8 +89,7 @@ class ImageSet:
         self.broken[place] = True
         number, count = len(self.broken), int(self.broken.sum())
         most = max(MOST_BROKEN, number // ONE_IN)
-        print(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops",
-              file=sys.stderr, flush=True)
+        to_stderr(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops")
         if count > most:
             raise UserError(f"--data: {count:,} of {number:,} pictures cannot be read, more than {most:,}; "
                             "mend or remove them, each is named above")

@@ -6,6 +6,7 @@ replaced in training, left out in evaluation; too many of them end the run.
 
 import io
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -333,6 +334,22 @@ def test_each_is_named_once_and_counted(tmp_path, workers, capfd):
     assert sorted(int(Path(line.split(":")[1]).stem) for line in lines) == [4, 7, 20, 33, 34, 59]
     assert [line.split("; ")[1][0] for line in lines] == list("123456") or workers
     assert all(line.endswith(" of 60 so far, above 10 the run stops") for line in lines)
+
+
+def say_often(path, times):
+    sys.stderr = io.TextIOWrapper(open(path, "ab", buffering=0), write_through=True)    # as Python's own is
+    for _ in range(times):
+        checkpoint.to_stderr("warning: a line")
+
+
+def test_lines_of_several_processes_stay_lines(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=say_often, args=(tmp_path / "err", 5000)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert (tmp_path / "err").read_text() == "warning: a line\n" * 20_000
 
 
 def test_a_batch_without_a_readable_picture_is_skipped(tmp_path):
