@@ -17,6 +17,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import NamedTuple
@@ -273,6 +274,20 @@ def load_checkpoint(path):
     if not is_ours(state):
         raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)")
     return state
+
+
+@contextmanager
+def refuse_misfit(args):
+    """For the loading of a checkpoint's parts: what does not fit, in one made by hand, is a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).strip().splitlines()[-1].strip() or type(error).__name__
+        where = args.output_dir if args.resume == "auto" else args.resume
+        raise UserError(f"{where}: its parts are not those of a run with these flags "
+                        f"({type(error).__name__}: {said[:200]})") from None
 
 
 def is_ours(content):

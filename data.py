@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -83,16 +84,37 @@ class ImageSet:
             self._note(self.places[index], error)
 
     def _note(self, place, error):
-        """Marks a file as broken. Raises UserError if too many of the whole set are."""
+        """Marks a file as broken, and names it."""
         if self.broken[place]:                    # by another worker, just now
             return
-        self.broken[place] = True
+        self.take_for_broken(place, error)
+
+    def take_for_broken(self, places, error=None):
+        """Marks files by their places in the whole set. Raises UserError if too many of it are broken.
+
+        error: of one that is new; of those that another process found, or an earlier part of the run, none.
+        """
+        if self.images is not None:
+            return
+        self.broken[places] = True                # no other's mark is touched, as `|=` of the whole would do
         number, count = len(self.broken), int(self.broken.sum())
         most = max(MOST_BROKEN, number // ONE_IN)
-        to_stderr(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops")
+        if error is not None:
+            to_stderr(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops")
         if count > most:
             raise UserError(f"--data: {count:,} of {number:,} pictures cannot be read, more than {most:,}; "
                             "mend or remove them, each is named above")
+
+    def places_of_broken(self):
+        """Int64 [n], for a checkpoint: places in the whole set of what has turned out to be broken."""
+        return torch.empty(0, dtype=torch.long) if self.broken is None else self.broken.nonzero()[:, 0]
+
+    def agree(self, device):
+        """What one process has found broken all take for broken: a collective, of files only."""
+        if self.images is None and dist.is_initialized():
+            broken = (~self.is_readable).to(device, torch.uint8)
+            dist.all_reduce(broken, dist.ReduceOp.MAX)
+            self.take_for_broken(self.places[broken.cpu() > 0])
 
     def tally(self):
         """For a line of the log: {"num_broken": files that have turned out to be broken}, {} if none has."""

@@ -32,6 +32,7 @@ from checkpoint import (
     open_log,
     open_output,
     read_log,
+    refuse_misfit,
     run,
     save_checkpoint,
     write_atomically,
@@ -96,6 +97,7 @@ def get_parser():
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--print-every", type=int, default=50, help="steps between lines of progress, 1 to 50")
+    add("--stop-on-collapse", action="store_true", help="end with code 4 at the second line that says so")
     add("--timeout", type=float, default=600, help="seconds that a process waits for its peers")
     add("--local-rank", type=int, help=argparse.SUPPRESS)       # old launchers pass it; LOCAL_RANK is read
     return parser
@@ -208,13 +210,15 @@ def main(args):
         if state.get("frozen") != frozen:
             raise UserError(f"--teacher {args.teacher}: not the teacher that this run began with; "
                             "--overwrite starts anew")
-        start_step = state["step"]
-        model.load_state_dict(state["model"])
-        queues.copy_(state["queues"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world_size:
-            set_rng_state(state["rng"][rank], device)
+        with refuse_misfit(args):
+            start_step = state["step"]
+            model.load_state_dict(state["model"])
+            queues.copy_(state["queues"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            dataset.take_for_broken(state.get("broken", []))
+            if len(state["rng"]) == world_size:
+                set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -240,7 +244,7 @@ def main(args):
         batches, batch_size=None, sampler=range(start_step, total_steps),
         num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
         worker_init_fn=own_group, generator=torch.Generator()))     # else it takes from the network's noise
-    bad = BadStep(device, scaler)
+    bad, collapsed = BadStep(device, scaler), 0
     since, waited, last_step = time.time(), 0.0, start_step
     model.train()
     for step in range(start_step, total_steps):
@@ -275,10 +279,11 @@ def main(args):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        health = torch.zeros(2, device=device)
+        health = torch.zeros(3, device=device)
         if logging:                                             # before the queues move on
             health[0] = seed_target(t[0], queues[0], args.teacher_temperature)[:, 0].mean()
             health[1] = F.cosine_similarity(s[0].detach().float(), t[0].float()).mean()
+            health[2] = spread(s[0].detach()) / spread(t[0])
         news = F.normalize(t[:len(queues)].float(), dim=-1)     # of local crops the first one
         news, told = gather(news, torch.cat([loss.detach()[None], health, stop]))
         start = step * args.batch_size % args.queue_size        # the oldest leave
@@ -288,24 +293,34 @@ def main(args):
             continue
 
         # ---- what all processes read alike, as it came with the step's one collective
+        dataset.agree(device)
         if bad.step > 0:
             if rank == 0:
                 write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
                 print(f"distill.py: error: {bad.message(('loss',), amp, out)}", file=sys.stderr)
             return finish(3)
-        stopped = next((signum for signum, wish in zip(SIGNALS, told[3:], strict=True) if wish > 0), None)
+        stopped = next((signum for signum, wish in zip(SIGNALS, told[4:], strict=True) if wish > 0), None)
         if logging:
             seconds = time.time() - since
             images_per_s = (step + 1 - last_step) * args.batch_size / seconds
             entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, loss=told[0].item(),
-                         positive_mass=told[1].item(), cosine=told[2].item(), lr=lr,
+                         positive_mass=told[1].item(), cosine=told[2].item(), spread=told[3].item(), lr=lr,
                          images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
                          memory_mib=memory_mib(device), **dataset.tally())
+            if not entry["spread"] > 0.02:                      # the student's embeddings are all alike
+                entry["collapsed"] = "constant"
             if rank == 0:
                 write(log, entry)
                 eta = (total_steps - step - 1) * args.batch_size / images_per_s
                 print(progress_line(entry, total_steps, eta), flush=True)
             since, waited, last_step = time.time(), 0.0, step + 1
+            collapsed = collapsed + 1 if "collapsed" in entry else 0
+            if args.stop_on_collapse and collapsed > 1 and step >= warmup_steps:
+                if rank == 0:
+                    write(log, dict(step=step + 1, status=f"collapsed: {entry['collapsed']}"))
+                    print(f"distill.py: error: collapsed ({entry['collapsed']}) at step {step + 1} and in "
+                          f"the line before; the last checkpoint in {out} is from before", file=sys.stderr)
+                return finish(4)
         if saving or stopped:
             rng = [rng_state(device)] * world_size
             if world_size > 1:
@@ -315,7 +330,7 @@ def main(args):
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), queues=queues, frozen=frozen, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, stage="distill", rng=rng,
-                    config=config))
+                    broken=dataset.places_of_broken(), config=config))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -346,6 +361,11 @@ def gather(embeddings, numbers):
             torch.stack([part for _, part in everyones]).mean(0))
 
 
+def spread(embeddings):
+    """Variance of the directions of embeddings [B, D] over a batch, of all D: 0 if they are all alike."""
+    return F.normalize(embeddings.float(), dim=-1).var(0, correction=0).sum()
+
+
 def finish(code=0):
     """Leaves the process group together, so that no process takes another's end for a fault."""
     if dist.is_initialized():
@@ -372,9 +392,11 @@ def write(log, entry):
 
 def progress_line(entry, total_steps, eta):
     line = ("epoch {epoch} step {step}/{total} | loss {loss:.3f}, of the target {positive_mass:.1%} on the "
-            "positive, cosine to the teacher {cosine:.3f} | lr {lr:.1e} | {images_per_s:.0f} images/s, "
-            "waiting {waiting:.0%}, {memory_mib} MiB, ETA {minutes:.0f}:{seconds:02.0f}")
-    return line.format(**entry, total=total_steps, minutes=eta // 60, seconds=eta % 60)
+            "positive, cosine to the teacher {cosine:.3f}, spread {spread:.2f} of its | lr {lr:.1e} | "
+            "{images_per_s:.0f} images/s, waiting {waiting:.0%}, {memory_mib} MiB, "
+            "ETA {minutes:.0f}:{seconds:02.0f}")
+    line = line.format(**entry, total=total_steps, minutes=eta // 60, seconds=eta % 60)
+    return line + (f" | collapsed: {entry['collapsed']}" if "collapsed" in entry else "")
 
 
 def memory_mib(device):

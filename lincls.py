@@ -37,6 +37,7 @@ from checkpoint import (
     load_pretrained,
     open_log,
     open_output,
+    refuse_misfit,
     run,
     save_checkpoint,
     write_atomically,
@@ -271,21 +272,13 @@ def gather(mine, part, world_size):
     """Rows of the readable images among rank::world_size of a set, from each process -> of all, in order."""
     if world_size == 1:
         return mine
-    agree(part, mine.device)
+    part.agree(mine.device)
     readable = part.is_readable.to(mine.device)
     rows = mine.new_zeros(-(-len(part) // world_size), *mine.shape[1:])
     rows[readable[dist.get_rank()::world_size].nonzero()[:, 0]] = mine
     parts = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(parts, rows)
     return torch.stack(parts, 1).flatten(0, 1)[:len(part)][readable]
-
-
-def agree(part, device):
-    """What one process has found broken in a set all take for broken."""
-    if part.images is None and dist.is_initialized():
-        broken = (~part.is_readable).to(device, torch.int32)
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-        part.broken[part.places] = broken.cpu() > 0
 
 
 def main(args):
@@ -361,10 +354,12 @@ def main(args):
         if state.get("frozen") != frozen:
             raise UserError(f"--checkpoint {args.checkpoint}: not the backbone that this run began with; "
                             "--overwrite starts anew")
-        start_step, scores, best_heads = state["step"], state["scores"], state["best"]
-        heads.load_state_dict(state["model"])
-        for v, saved in zip(velocities, state["optimizer"], strict=True):
-            v.copy_(saved)
+        with refuse_misfit(args):
+            start_step, scores, best_heads = state["step"], state["scores"], state["best"]
+            heads.load_state_dict(state["model"])
+            for v, saved in zip(velocities, state["optimizer"], strict=True):
+                v.copy_(saved)
+            whole.take_for_broken(state.get("broken", []))
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -432,6 +427,7 @@ def main(args):
             continue
 
         # ---- what all processes read alike
+        whole.agree(device)
         if bad.step > 0:
             if rank == 0:
                 write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
@@ -465,7 +461,8 @@ def main(args):
         if (saving or stopped) and rank == 0:
             save_checkpoint(out / "checkpoint.pth", dict(
                 model=heads.state_dict(), optimizer=velocities, step=step + 1, epoch=epoch, stage="lincls",
-                frozen=frozen, scores=scores, best=best_heads, config=vars(args)))
+                broken=whole.places_of_broken(), frozen=frozen, scores=scores, best=best_heads,
+                config=vars(args)))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -495,8 +492,7 @@ def main(args):
         top1, top5 = accuracies(c, share_of(test).readable().labels, world_size)
         report |= dict(test_top1=top1.item(), test_top5=top5.item())
     predictions = gather(classes[-twice], test, world_size)[:, 0, 0]         # of the deepest features, last
-    for part in (train, held):
-        agree(part, device)
+    whole.agree(device)
     read = [part.readable() for part in (train, held, test)]
     num_broken = sum(map(len, (train, held, test))) - sum(map(len, read))
     if fingerprint(backbone) != frozen:

@@ -24,7 +24,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, open_log, open_output, read_log, run, save_checkpoint, write_atomically
+from checkpoint import (
+    UserError,
+    open_log,
+    open_output,
+    read_log,
+    refuse_misfit,
+    run,
+    save_checkpoint,
+    write_atomically,
+)
 from data import VIEWS, Batches, build_dataset, build_views, eval_batches, input_of, num_workers, own_group
 from knn import extract_features, knn_predict
 from loss import barlow_twins_terms, momentum_twist_loss, twist_loss
@@ -200,14 +209,16 @@ def main(args):
     # ---------------------------------------------------------------- resume
     start_step = 0
     if state is not None:
-        start_step = state["step"]
-        model.load_state_dict(state["model"])
-        if teacher is not None:
-            teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world_size:
-            set_rng_state(state["rng"][rank], device)
+        with refuse_misfit(args):
+            start_step = state["step"]
+            model.load_state_dict(state["model"])
+            if teacher is not None:
+                teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            dataset.take_for_broken(state.get("broken", []))
+            if len(state["rng"]) == world_size:
+                set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -280,6 +291,7 @@ def main(args):
             continue
 
         # ---- what all processes read alike, as it came with the loss's one collective
+        dataset.agree(device)
         if bad.step > 0:
             if rank == 0:
                 write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
@@ -318,7 +330,7 @@ def main(args):
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch,
-                    stage="pretrain", rng=rng, config=vars(args)))
+                    stage="pretrain", rng=rng, broken=dataset.places_of_broken(), config=vars(args)))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))

@@ -32,6 +32,7 @@ from checkpoint import (
     open_output,
     read_log,
     refuse_classless,
+    refuse_misfit,
     run,
     save_checkpoint,
     write_atomically,
@@ -189,14 +190,16 @@ def main(args):
     # ---------------------------------------------------------------- resume
     start_step = left_out = 0
     if state is not None:
-        start_step, left_out = state["step"], state["left_out"]
-        model.load_state_dict(state["model"])
-        if teacher is not None:
-            teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world_size:
-            set_rng_state(state["rng"][rank], device)
+        with refuse_misfit(args):
+            start_step, left_out = state["step"], state["left_out"]
+            model.load_state_dict(state["model"])
+            if teacher is not None:
+                teacher.load_state_dict(state["teacher"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            dataset.take_for_broken(state.get("broken", []))
+            if len(state["rng"]) == world_size:
+                set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -266,6 +269,7 @@ def main(args):
             continue
 
         # ---- what all processes are to read alike: the loss is each one's own until here
+        dataset.agree(device)
         total, agreement, classes, bad_anywhere = joined(loss, logits, teacher_logits, bad.step)
         if bad_anywhere:
             if rank == 0:
@@ -307,7 +311,7 @@ def main(args):
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, left_out=left_out,
-                    stage="selflabel", rng=rng, config=config))
+                    stage="selflabel", rng=rng, broken=dataset.places_of_broken(), config=config))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))

@@ -37,12 +37,13 @@ from checkpoint import (
     load_pretrained,
     open_log,
     open_output,
+    refuse_misfit,
     run,
     save_checkpoint,
     write_atomically,
 )
 from data import Batches, Views, eval_batches, input_of, num_workers, own_group
-from lincls import accuracies, agree, average, gather, hold_out, labelled, write_predictions
+from lincls import accuracies, average, gather, hold_out, labelled, write_predictions
 from model import ARCHS, build_backbone
 from optim import BadStep, cosine
 
@@ -272,12 +273,14 @@ def main(args):
     # ---------------------------------------------------------------- resume
     start_step = 0
     if state is not None:
-        if state.get("stage") != "semisup" or not torch.equal(state["labelled"], indices):
-            raise UserError(f"--resume {args.resume}: the checkpoint is of another stage or other labels")
-        start_step = state["step"]
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        with refuse_misfit(args):
+            if state.get("stage") != "semisup" or not torch.equal(state["labelled"], indices):
+                raise UserError(f"--resume {args.resume}: the checkpoint is of another stage or other labels")
+            start_step = state["step"]
+            network.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            whole.take_for_broken(state.get("broken", []))
     ddp = DistributedDataParallel(network) if world_size > 1 else network   # buffers are those of rank 0
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
@@ -342,6 +345,7 @@ def main(args):
             continue
 
         # ---- what all processes read alike
+        whole.agree(device)
         stop = torch.tensor([float(signum in caught) for signum in SIGNALS], device=device)
         loss, bad_anywhere = loss.detach().clone(), (bad.step > 0).float()
         if world_size > 1:
@@ -371,7 +375,7 @@ def main(args):
             save_checkpoint(out / "checkpoint.pth", dict(
                 model=network.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                 step=step + 1, epoch=epoch, stage="semisup", labelled=indices,
-                config=vars(args)))
+                broken=whole.places_of_broken(), config=vars(args)))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
@@ -383,7 +387,7 @@ def main(args):
     scored, part = ("held_out", held) if len(held) else ("test", test)
     classes, top1, top5 = evaluate(part)
     predictions = gather(classes, part, world_size)[:, 0, 0]
-    agree(train, device)
+    whole.agree(device)
     read = [part.readable() for part in (train, held, test)]
     num_broken = sum(map(len, (train, held, test))) - sum(map(len, read))
 
