@@ -211,7 +211,7 @@ def main(args):
             raise UserError(f"--teacher {args.teacher}: not the teacher that this run began with; "
                             "--overwrite starts anew")
         with refuse_misfit(args):
-            start_step = state["step"]
+            start_step = int(state["step"])
             model.load_state_dict(state["model"])
             queues.copy_(state["queues"])
             optimizer.load_state_dict(state["optimizer"])

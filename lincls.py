@@ -355,7 +355,7 @@ def main(args):
             raise UserError(f"--checkpoint {args.checkpoint}: not the backbone that this run began with; "
                             "--overwrite starts anew")
         with refuse_misfit(args):
-            start_step, scores, best_heads = state["step"], state["scores"], state["best"]
+            start_step, scores, best_heads = int(state["step"]), state["scores"], state["best"]
             heads.load_state_dict(state["model"])
             for v, saved in zip(velocities, state["optimizer"], strict=True):
                 v.copy_(saved)

@@ -210,7 +210,7 @@ def main(args):
     start_step = 0
     if state is not None:
         with refuse_misfit(args):
-            start_step = state["step"]
+            start_step = int(state["step"])
             model.load_state_dict(state["model"])
             if teacher is not None:
                 teacher.load_state_dict(state["teacher"])

@@ -191,7 +191,7 @@ def main(args):
     start_step = left_out = 0
     if state is not None:
         with refuse_misfit(args):
-            start_step, left_out = state["step"], state["left_out"]
+            start_step, left_out = int(state["step"]), int(state["left_out"])
             model.load_state_dict(state["model"])
             if teacher is not None:
                 teacher.load_state_dict(state["teacher"])

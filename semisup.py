@@ -276,7 +276,7 @@ def main(args):
         with refuse_misfit(args):
             if state.get("stage") != "semisup" or not torch.equal(state["labelled"], indices):
                 raise UserError(f"--resume {args.resume}: the checkpoint is of another stage or other labels")
-            start_step = state["step"]
+            start_step = int(state["step"])
             network.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])

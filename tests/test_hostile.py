@@ -312,6 +312,26 @@ def test_a_hostile_checkpoint_in_the_folder(name, number, runs, tmp_path, capsys
         assert not marker.exists() and before == (last.read_bytes(), previous.read_bytes())
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_parts_that_do_not_fit_are_one_line(name, runs, tmp_path, capsys):
+    """A whole file, harmless, of this stage and these flags, but made by hand: a part is missing or odd."""
+    (stage, flags), path = STAGES[name], tmp_path / "file.pth"
+    command = flags.format(sound=runs["pretrain"] / "checkpoint.pth")
+    command += f" --resume {path} --output-dir {tmp_path}/out"
+    state = load_checkpoint(runs[name] / "checkpoint.pth")
+    odd = dict(step="three", model={"w": torch.zeros(3)}, optimizer=3, rng=[torch.zeros(3)])
+    changed = [(part, dict(state, **{part: value})) for part, value in odd.items() if part in state]
+    changed += [(part, {key: state[key] for key in state if key != part}) for part in ("step", "optimizer")]
+    for part, content in changed:
+        torch.save(content, path)
+        capsys.readouterr()
+        code, error = call(stage, command), capsys.readouterr().err
+        assert code == 2 and error.count("\n") == 1, (part, error)
+        assert f"error: {path}: its parts are not those of a run with these flags" in error, (part, error)
+    torch.save(state, path)
+    assert call(stage, command) == 0
+
+
 # ---------------------------------------------------------------- bombs
 def inserted(make, old=False):
     """A bomb as a value of an else sound checkpoint."""

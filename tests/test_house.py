@@ -79,6 +79,15 @@ def test_copies_in_the_stages_are_equal():
         assert len(found) >= 2 and len(set(found)) == 1, pattern
 
 
+def test_collapse_is_handled_alike():
+    """But for the name of the stage."""
+    block = r"            collapsed = collapsed \+ 1 if .*?return finish\(4\)\n"
+    found = {script: re.search(block, (ROOT / script).read_text(), re.DOTALL)
+             for script in STAGES if "--stop-on-collapse" in flags_of(script)}
+    assert len(found) == 3 and all(found.values())
+    assert len({match[0].replace(script, "") for script, match in found.items()}) == 1
+
+
 def test_readme_commands_parse():
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.strip()]

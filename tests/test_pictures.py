@@ -4,6 +4,8 @@ replaced in training, left out in evaluation; too many of them end the run.
     pytest tests/test_pictures.py
 """
 
+import gc
+import importlib
 import io
 import json
 import multiprocessing
@@ -614,6 +616,49 @@ def test_killed_and_resumed_on_a_damaged_folder(folders, trained, tmp_path):
     _, err = finish(start(f"{command} --workers 3"))
     assert "Traceback" not in err
     assert_same_state(tmp_path / "killed", trained / "damaged")
+
+
+ON_NETWORK = "--checkpoint {network} --batch-size 8 --epochs 2 --workers 0"
+KILLED = {
+    "pretrain": f"{ON_FILES} --knn-every 0",
+    "selflabel": ON_NETWORK,
+    "distill": ON_NETWORK.replace("checkpoint", "teacher"),
+    "lincls": f"{ON_NETWORK} --lrs 1 --held-out 0",
+    "semisup": f"{ON_NETWORK} --label-fraction 1",
+}
+
+
+@pytest.mark.parametrize("stage", ["lincls", *(pytest.param(stage, marks=pytest.mark.slow)
+                                               for stage in KILLED if stage != "lincls")])
+def test_what_was_broken_stays_out_when_a_run_goes_on(stage, trained, folders, tmp_path, monkeypatch, capsys):
+    """Interrupted after an epoch, its broken pictures mended, resumed: as the run that was not disturbed."""
+    subprocess.run(["cp", "-r", folders / "damaged", tmp_path / "data"], check=True)
+    module = importlib.import_module(stage)
+    flags = (f"{KILLED[stage].format(network=trained / 'damaged/checkpoint.pth')} --data {tmp_path}/data "
+             f"--print-every 1 --save-every 5 --output-dir {tmp_path}")
+
+    def save_and_end(path, state):
+        checkpoint.save_checkpoint(path, state)
+        raise KeyboardInterrupt
+    call(module, f"{flags}/straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", save_and_end)
+        call(module, f"{flags}/killed", code=130)
+    gc.collect()                                                # the lock, which a process takes along
+    broken = checkpoint.load_checkpoint(tmp_path / "killed/checkpoint.pth")["broken"]
+    paths = [os.fsdecode(build_dataset(f"{tmp_path}/data", "train").paths[i]) for i in broken]
+    assert {os.path.basename(path) for path in paths} == set(BROKEN_ONES["train"])
+    for path in paths:
+        Path(path).write_bytes(encoded("PNG"))
+    capsys.readouterr()
+    call(module, f"{flags}/killed")
+    err = capsys.readouterr().err
+    assert not any(os.path.basename(path) in err for path in paths)
+    assert_same_state(tmp_path / "straight", tmp_path / "killed")
+    a, b = (metrics_of(tmp_path / name) for name in ("straight", "killed"))
+    assert all(a.get(key) == b.get(key) for key in ("num_train", "num_broken", "results", "test_top1"))
+    entries = map(json.loads, (tmp_path / "killed/log.jsonl").read_text().splitlines())
+    assert {entry["num_broken"] for entry in entries if entry.get("step", 0) > 5 and "loss" in entry} == {3}
 
 
 @pytest.mark.slow

@@ -23,9 +23,10 @@ from test_faults import OFTEN, STAGES, begin, content, log_lines, same, wait_unt
 from test_lincls import saved_network
 
 import checkpoint
+import distill
 import pretrain
 from loss import barlow_twins_terms, twist_loss
-from model import Twist
+from model import Twist, build_student
 from optim import BadStep
 from pretrain import terms_and_health
 
@@ -379,10 +380,19 @@ def test_fp16_resumes_with_its_scale(network, tmp_path):
     assert same(states["straight"], states["killed"])
 
 
+def constant_student(config):
+    """One that says the same of all images."""
+    student = build_student(config)
+    torch.nn.init.zeros_(student.fc[-1].weight)
+    return student
+
+
 @pytest.mark.parametrize("stage, flags, word, bias", [
     ("pretrain", "--alpha 0 --no-nbs", "uniform", 0), ("selflabel", "--lr 0", "uniform", 0),
-    ("selflabel", "--lr 0", "one-class", 3)])
-def test_a_collapse_is_named_and_stops_where_asked(stage, flags, word, bias, here, tmp_path):
+    ("selflabel", "--lr 0", "one-class", 3), ("distill", "--lr 0", "constant", 0)])
+def test_a_collapse_is_named_and_stops_where_asked(stage, flags, word, bias, here, tmp_path, monkeypatch):
+    if stage == "distill":                                      # a student that says the same of all images
+        monkeypatch.setattr(distill, "build_student", constant_student)
     if stage == "selflabel":                                    # from a network that has collapsed already
         config = vars(checkpoint.parse_args(pretrain.get_parser(), shlex.split("--data fake --no-nbs")))
         network = Twist(config["arch"], 10, config["hidden_dim"], nbs=False)
@@ -390,7 +400,8 @@ def test_a_collapse_is_named_and_stops_where_asked(stage, flags, word, bias, her
         network.projection_heads.last_linear.bias.data = bias * torch.eye(10)[0]
         checkpoint.save_checkpoint(tmp_path / "network.pth", dict(model=network.state_dict(), config=config))
         flags += f" --checkpoint {tmp_path}/network.pth"
-    flags = f"{STAGES[stage]} {flags} --ema 0 --epochs 3 --print-every 2 --save-every 100 --warmup-epochs 0.1"
+    flags += " --ema 0" if stage != "distill" else ""
+    flags = f"{STAGES[stage]} {flags} --epochs 3 --print-every 2 --save-every 100 --warmup-epochs 0.1"
     code, _ = here(stage, f"{flags} --output-dir {tmp_path}/on")
     told = [line["step"] for line in log_lines(tmp_path / "on") if line.get("collapsed") == word]
     assert code == 0 and len(told) > 3
@@ -403,6 +414,7 @@ def test_a_collapse_is_named_and_stops_where_asked(stage, flags, word, bias, her
 
 def test_collapses_are_named():
     torch.manual_seed(0)
+    assert distill.spread(torch.ones(8, 5)) == 0 and distill.spread(torch.eye(8)) == pytest.approx(7 / 8)
     z, health = torch.randn(64, 32), dict.fromkeys(("std_col", "std_row", "grad"), torch.ones(()))
     for logits, word in ((z, None), (9 * torch.eye(32).repeat(2, 1), None), (0.01 * z, "uniform"),
                          (9 * torch.eye(32)[:1] + 0.01 * z, "one-class")):
