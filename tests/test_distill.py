@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pretrain import ROOT, SMALL, assert_same_weights, finish, log_lines, run, start, wait_for
+from processes import ROOT, finish, run, start, wait_for
+from test_pretrain import SMALL, assert_same_weights, log_lines
 from torch import nn
 
 import checkpoint
@@ -18,7 +19,6 @@ from lincls import fingerprint
 from model import Embedder, build_backbone, build_twist
 
 FLAGS = "--batch-size 64 --epochs 2 --print-every 2 --queue-size 192"
-TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --standalone"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_killed_and_resumed(teacher, distilled, tmp_path):
     process = start(command)
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     run(f"{command} --workers 2")
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert_same_weights(distilled, tmp_path / "killed")
@@ -109,7 +109,7 @@ def test_a_signal_saves_and_a_file_goes_on_elsewhere(teacher, tmp_path):
                     f"--resume {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/other")
     wait_for(tmp_path / "other" / "checkpoint.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert "resumed_from" in log_lines(tmp_path / "other")[0]
 
 
@@ -137,7 +137,7 @@ def test_dropout_of_a_student_is_resumed_too(teacher, tmp_path, monkeypatch):
 
 
 def test_two_processes_equal_one(teacher, distilled, tmp_path):
-    run(f"{TORCHRUN} distill.py --teacher {teacher} {FLAGS} --num-local 2 --output-dir {tmp_path}/two")
+    run(f"distill.py --teacher {teacher} {FLAGS} --num-local 2 --output-dir {tmp_path}/two", ranks=2)
     one, two = ([line for line in log_lines(folder) if "loss" in line]
                 for folder in (distilled, tmp_path / "two"))
     for a, b in zip(one, two, strict=True):

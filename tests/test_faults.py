@@ -1,18 +1,15 @@
 """Runs that are disturbed: killed at any moment, preempted, a worker or a launcher lost, processes added.
-
-Stages run in forks of a server that has imported them, as importing torch takes longer than such a run.
 """
 
+import functools
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,15 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import FORKS, ROOT, finish, free_port, start, wait_until
 from test_lincls import saved_network
 
 import checkpoint
 import data
+import pretrain
 
-ROOT = Path(__file__).parents[1]
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_faults", "pretrain", "selflabel", "distill", "lincls", "semisup",
-                              "matplotlib.pyplot"])
 STAGES = {                       # flags of a run of 24 steps or 33, over an epoch's end
     "pretrain": "--data fake --image-size 16 --batch-size 40 --epochs 2 --hidden-dim 32 --ema 0.9 "
                 "--knn-every 0",
@@ -43,44 +38,13 @@ OFTEN = "--print-every 2 --save-every 3"
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
 
-def in_fork(stage, command, output):
-    """What a process of begin() does; its stdout and stderr go to OUTPUT.out and OUTPUT.err."""
-    os.setsid()
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(f"{output}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)       # for its readers, as it is in a plain process
-    script = importlib.import_module(stage)
-    sys.argv = [f"{stage}.py", *shlex.split(command)]
-    checkpoint.run(script.main, script.get_parser())
+def begin(stage, flags, out, **kwargs):
+    return start(f"{stage}.py {flags} --output-dir {out}", **kwargs)
 
 
-def begin(stage, flags, out, target=in_fork, first=()):
-    """A running stage, as `python STAGE.py FLAGS --output-dir OUT` would be."""
-    with pytest.MonkeyPatch.context() as patch:                # read once, when the server starts
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        process = FORKS.Process(target=target, args=(*first, stage, f"{flags} --output-dir {out}", str(out)))
-        process.start()
-    return process
-
-
-def end(process, out, code=0):
-    process.join(300)
-    said = "".join(Path(f"{out}{suffix}").read_text() for suffix in (".out", ".err"))
-    assert process.exitcode == code, f"exit code {process.exitcode}\n{said}"
-    return said
-
-
-def wait_until(true, process, seconds=120, pause=0.005):
-    """Whether something became true before the process ended."""
-    deadline = time.time() + seconds
-    while not true():
-        if not process.is_alive():
-            return False
-        assert time.time() < deadline, "nothing happened"
-        time.sleep(pause)
-    return True
+def end(process, code=0):
+    """All that a process said."""
+    return "".join(finish(process, code))
 
 
 def log_lines(out):
@@ -143,7 +107,7 @@ def straight(network, tmp_path_factory):
             process = begin(stage, flags, out)
             assert wait_until((out / "checkpoint.pth").exists, process)
             saved = time.time() - start
-            end(process, out)
+            end(process)
             runs[stage] = flags, out, saved, time.time() - start
         return runs[stage]
     return of
@@ -165,10 +129,10 @@ def killed(stage, straight, out, kind, rng):
     if kind == "inside":
         wait_until((out / rng.choice(UNFINISHED[:2 if stage == "lincls" else 3])).exists, process, pause=0)
     process.kill()
-    process.join()
+    process.wait()
     left = any((out / name).exists() for name in UNFINISHED)
     torn = left or (out / "checkpoint.prev.pth").exists() and not (out / "checkpoint.pth").exists()
-    finished = process.exitcode != -signal.SIGKILL or any("status" in line for line in log_lines(out))
+    finished = process.poll() != -signal.SIGKILL or any("status" in line for line in log_lines(out))
     return not finished and {"any": True, "later": (out / "checkpoint.pth").exists(), "inside": torn}[kind]
 
 
@@ -182,7 +146,7 @@ def killed_and_resumed(stage, straight, folder, kind, rng):
         raise AssertionError(f"20 runs of {stage}, and none was killed in time: {kind}")
     state = checkpoint.load_last_checkpoint(out)
     step, flags = state and state["step"], straight(stage)[0]
-    said = end(begin(stage, flags, out), out)
+    said = end(begin(stage, flags, out))
     resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
     assert resumed == ([] if step is None else [step]) and ("resumed from step" in said) == bool(step)
     assert_same_run(straight(stage)[1], out)
@@ -215,14 +179,14 @@ def test_killed_between_the_two_files_of_the_last_save(stage, straight, tmp_path
     """backbone.pth must be that of the checkpoint, though no step is left to be made."""
     flags, undisturbed, _, _ = straight(stage)                 # 24 steps, 8 saves
     out = tmp_path / "run"
-    process = begin(stage, flags, out, in_fork_killed_before, (16,))
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    end(begin(stage, flags, out), out)
+    process = begin(stage, flags, out, prepare=functools.partial(die_before, 16, stage))
+    process.wait()
+    assert process.poll() == -signal.SIGKILL
+    end(begin(stage, flags, out))
     assert_same_run(undisturbed, out)
 
 
-def in_fork_killed_before(call, stage, command, out):
+def die_before(call, stage):
     script, calls = importlib.import_module(stage), []
 
     def counted(write):
@@ -234,23 +198,21 @@ def in_fork_killed_before(call, stage, command, out):
         return write_or_die
     for name in ("save_checkpoint", "write_atomically"):
         setattr(script, name, counted(getattr(script, name)))
-    in_fork(stage, command, out)
 
 
 @pytest.mark.slow
 def test_killed_while_the_curves_are_drawn(straight, tmp_path):
     """metrics.json, which says that a run is finished, comes after everything else."""
     flags, undisturbed, _, _ = straight("pretrain")
-    process = begin("pretrain", flags, tmp_path / "run", in_fork_killed_in, ("draw_curves",))
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    end(begin("pretrain", flags, tmp_path / "run"), tmp_path / "run")
+    process = begin("pretrain", flags, tmp_path / "run", prepare=die_in_draw_curves)
+    process.wait()
+    assert process.poll() == -signal.SIGKILL
+    end(begin("pretrain", flags, tmp_path / "run"))
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def in_fork_killed_in(name, stage, command, out):
-    setattr(importlib.import_module(stage), name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    in_fork(stage, command, out)
+def die_in_draw_curves():
+    pretrain.draw_curves = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Counted(io.BufferedWriter):
@@ -339,11 +301,11 @@ def test_readers_of_a_run_do_not_stand_in_its_way(signum, straight, tmp_path):
     wait_until(lambda: len(losses(out)) > 1, process)
     if signum == signal.SIGTERM:
         os.killpg(process.pid, signum)
-        assert "stopped by SIGTERM" in end(process, out, 143)
+        assert "stopped by SIGTERM" in end(process, 143)
     else:
         process.kill()
-        process.join()
-    end(begin("semisup", f"{flags} --workers 2", out), out)
+        process.wait()
+    end(begin("semisup", f"{flags} --workers 2", out))
     assert_same_run(undisturbed, out)
 
 
@@ -361,11 +323,11 @@ def test_a_signal_saves_at_the_next_line(stage, signum, straight, tmp_path):
     wait_until(lambda: losses(out), process)
     os.kill(process.pid, signum)
     seen = losses(out)[-1]["step"]
-    said, last = end(process, out, SIGNALS[signum]), log_lines(out)[-1]
+    said, last = end(process, SIGNALS[signum]), log_lines(out)[-1]
     assert last["status"] == f"stopped by {signum.name}, saved" and said.count("stopped by") == 1
     assert seen <= last["step"] <= seen + 4                    # lines are two steps apart, one was under way
     assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] == last["step"]
-    end(begin(stage, flags, out), out)
+    end(begin(stage, flags, out))
     assert_same_run(undisturbed, out)
 
 
@@ -378,10 +340,10 @@ def test_a_signal_before_the_first_step_breaks_nothing(signum, straight, tmp_pat
     process = begin("semisup", flags, out)
     wait_until((out / "config.json").exists, process, pause=0)
     os.kill(process.pid, signum)
-    process.join()
-    assert process.exitcode in (-signum, SIGNALS[signum])
-    assert process.exitcode == 130 or not (out / "checkpoint.pth").exists()
-    end(begin("semisup", flags, out), out)
+    process.wait()
+    assert process.poll() in (-signum, SIGNALS[signum])
+    assert process.poll() == 130 or not (out / "checkpoint.pth").exists()
+    end(begin("semisup", flags, out))
     assert_same_run(undisturbed, out)
 
 
@@ -403,11 +365,12 @@ def launch(torchrun, flags, out, script="pretrain.py", **more):
     with open(f"{out}.out", "a") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output,
                                    start_new_session=True)
-    return launched(process)
+    return launched(process, out)
 
 
-def launched(process):
-    process.is_alive = lambda: process.poll() is None
+def launched(process, out):
+    """As what start() returns."""
+    process.said = lambda: (Path(f"{out}.out").read_text(),)
     LAUNCHED.append(process)
     return process
 
@@ -418,18 +381,10 @@ def nothing_is_left():
     yield
     while LAUNCHED:
         process = LAUNCHED.pop()
-        if process.is_alive():
+        if process.poll() is None:
             for pid in [process.pid, *children(process.pid)]:
                 os.kill(pid, signal.SIGKILL)
             process.wait()
-
-
-def landed(process, out, code=0):
-    """Output of a launcher that has ended with an exit code."""
-    process.wait(300)
-    said = Path(f"{out}.out").read_text()
-    assert process.returncode == code, f"exit code {process.returncode}\n{said}"
-    return said
 
 
 def children(pid):
@@ -447,13 +402,13 @@ def workers(launcher):
 def in_two(tmp_path_factory):
     """Folder of the undisturbed run of two processes."""
     out = tmp_path_factory.mktemp("in_two") / "run"
-    landed(launch(TORCHRUN, TOGETHER, out), out)
+    end(launch(TORCHRUN, TOGETHER, out))
     return out
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_bits_twice(in_two, tmp_path):
-    landed(launch(TORCHRUN, TOGETHER, tmp_path / "run"), tmp_path / "run")
+    end(launch(TORCHRUN, TOGETHER, tmp_path / "run"))
     assert_same_run(in_two, tmp_path / "run")
 
 
@@ -465,7 +420,7 @@ def test_torchrun_restarts_from_the_checkpoint(rank, in_two, tmp_path):
     assert wait_until((out / "checkpoint.pth").exists, launcher)
     time.sleep(random.Random(rank).uniform(0, 1))
     os.kill(workers(launcher)[rank], signal.SIGKILL)
-    said = landed(launcher, out)
+    said = end(launcher)
     resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
     print(f"\nrank {rank} killed, resumed from {resumed}")
     assert len(resumed) == 1 and 3 <= resumed[0] < 48, said
@@ -479,11 +434,11 @@ def test_a_lost_rank_without_restarts_ends_the_run_and_is_named(in_two, tmp_path
     assert wait_until((out / "checkpoint.pth").exists, launcher)
     os.kill(workers(launcher)[1], signal.SIGKILL)
     start = time.time()
-    said = landed(launcher, out, 1)
+    said = end(launcher, 1)
     print(f"\nended {time.time() - start:.1f} s after rank 1 was killed")
     assert "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
     assert time.time() - start < 40
-    landed(launch(TORCHRUN, TOGETHER, out), out)
+    end(launch(TORCHRUN, TOGETHER, out))
     assert_same_run(in_two, out)
 
 
@@ -497,10 +452,10 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout(in_two, tmp_path):
     assert wait_until(lambda: "--timeout 15 s" in Path(f"{out}.out").read_text(), launcher)
     print(f"\nrank 0 gave up {time.time() - start:.1f} s after rank 1 hung")
     assert time.time() - start < 25
-    said = landed(launcher, out, 1)
+    said = end(launcher, 1)
     print(f"the run {time.time() - start:.1f} s after")
     assert "rank 0: another process of this run died or did not answer within --timeout 15 s" in said
-    landed(launch(TORCHRUN, TOGETHER, out), out)
+    end(launch(TORCHRUN, TOGETHER, out))
     assert_same_run(in_two, out)
 
 
@@ -524,17 +479,11 @@ def test_one_of_two_launchers_is_killed_and_started_again(in_two, tmp_path):
     began = time.time()
     launchers[1] = start(1)
     for launcher in launchers:
-        landed(launcher, out)
+        end(launcher)
     resumed = [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line]
     print(f"\na launcher killed, resumed from {resumed}, done {time.time() - began:.0f} s after it came back")
     assert resumed and resumed[0] >= 3
     assert_same_run(in_two, out)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 NOISY = ("--data fake --image-size 16 --arch vit_t --drop-path 0.3 --batch-size 40 --hidden-dim 32 "
@@ -544,7 +493,7 @@ NOISY = ("--data fake --image-size 16 --arch vit_t --drop-path 0.3 --batch-size 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
     out = tmp_path_factory.mktemp("noisy") / "run"
-    landed(launch(TORCHRUN, NOISY, out), out)
+    end(launch(TORCHRUN, NOISY, out))
     return out
 
 
@@ -557,10 +506,10 @@ def test_all_ranks_stop_together(signum, noisy, tmp_path):
     assert wait_until(lambda: losses(out), launcher)
     os.kill(workers(launcher)[1] if signum == signal.SIGTERM else launcher.pid, signum)
     seen = losses(out)[-1]["step"]
-    said, last = landed(launcher, out, 1), log_lines(out)[-1]
+    said, last = end(launcher, 1), log_lines(out)[-1]
     assert last["status"] == f"stopped by {signum.name}, saved" and seen <= last["step"] <= seen + 4
     assert said.count("the same command goes on") == 1
-    landed(launch(f"{TORCHRUN} {ALL_SIGNALS}", NOISY, out), out)
+    end(launch(f"{TORCHRUN} {ALL_SIGNALS}", NOISY, out))
     assert {"resumed_from": last["step"]} in log_lines(out)
     for name in ("checkpoint.pth", "backbone.pth", "metrics.json"):
         assert same(content(noisy / name), content(out / name)), name
@@ -589,7 +538,7 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(tmp_path):
         with open(f"{out}.out", "a") as output:
             process = subprocess.Popen(["bash", str(tmp_path / script)], cwd=ROOT, env=env, stdout=output,
                                        stderr=output, start_new_session=True)
-        return launched(process)
+        return launched(process, out)
 
     def requeued():
         path = tmp_path / "requeued"
@@ -599,12 +548,12 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(tmp_path):
     assert wait_until(lambda: losses(out), job)
     torchrun, = children(job.pid)
     os.kill(torchrun, signal.SIGUSR1)
-    landed(job, out, 1)
+    end(job, 1)
     stopped = log_lines(out)[-1]
     assert stopped["status"] == "stopped by SIGUSR1, saved" and requeued() == ["requeue 17"]
-    assert "--lr nan: must be" in landed(submit("wrong"), out, 1)
+    assert "--lr nan: must be" in end(submit("wrong"), 1)
     assert log_lines(out)[-1] == stopped and requeued() == ["requeue 17"]       # the log still ends with it
-    landed(submit("sound"), out, 0)
+    end(submit("sound"))
     assert log_lines(out)[-1]["status"] == "done" and requeued() == ["requeue 17"]
 
 
@@ -618,37 +567,21 @@ def in_double():
                                                    for x in item(self, step)]
 
 
-def in_fork_in_double(stage, command, out):
-    in_double()
-    in_fork(stage, command, out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["pretrain", *(pytest.param(stage, marks=pytest.mark.slow)
+                                                 for stage in STAGES if stage != "pretrain")])
 def test_one_then_two_then_one_process(stage, network, tmp_path):
     """The same global batches in the same views: but for rounding the run of one process from end to end."""
     flags = f"{STAGES[stage].format(network=network)} --print-every 1 --save-every 50"
-    script = tmp_path / f"{stage}.py"
-    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-                      f"import {stage}, test_faults\n"
-                      f"test_faults.in_double()\n{stage}.run({stage}.main, {stage}.get_parser())\n")
-
-    def one(out):
-        return begin(stage, flags, out, in_fork_in_double)
-
-    def two(out):
-        return launch(TORCHRUN, flags, out, script)
-
-    end(one(tmp_path / "straight"), tmp_path / "straight")
+    end(begin(stage, flags, tmp_path / "straight", prepare=in_double))
     out, places = tmp_path / "run", []
-    for processes, land, code in ((one, end, 143), (two, landed, 1)):
-        process, already = processes(out), len(losses(out))
+    for ranks in (1, 2):
+        process, already = begin(stage, flags, out, ranks=ranks, prepare=in_double), len(losses(out))
         assert wait_until(lambda already=already: len(losses(out)) > already + 3, process)
-        os.kill(process.pid, signal.SIGTERM)
-        land(process, out, code)
+        process.send_signal(signal.SIGTERM)
+        assert ("2 process(es)" in end(process, 143)) == (ranks == 2)
         assert log_lines(out)[-1]["status"] == "stopped by SIGTERM, saved"
         places.append(log_lines(out)[-1]["step"])
-    end(one(out), out)
+    end(begin(stage, flags, out, prepare=in_double))
     assert [line["resumed_from"] for line in log_lines(out) if "resumed_from" in line] == places
     a, b = ([line["loss"] for line in losses(folder)] for folder in (tmp_path / "straight", out))
     states = [torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
@@ -677,7 +610,7 @@ LONG = {                         # 2,000 steps or a few more
 def measure(process, out):
     """[(step, MiB, open files, processes)] of a run and its readers, about every 100 steps of its log."""
     series, at = [], 50
-    while process.is_alive() and at <= 2000:
+    while process.poll() is None and at <= 2000:
         step = max([line["step"] for line in losses(out)], default=0)
         if step >= at:
             pids = [process.pid, *children(process.pid)]
@@ -704,7 +637,7 @@ def test_memory_and_open_files_of_2000_steps_stay_flat(run, network, tmp_path):
     process = begin(run.split(",")[0], f"{flags} --save-every 100 --print-every 50", tmp_path / "run")
     series = measure(process, tmp_path / "run")
     print(f"\n{run}: (step, MiB, open files, processes) {series}")
-    end(process, tmp_path / "run")
+    end(process)
     _, memory, *rest = zip(*(row for row in series if row[0] >= 400), strict=True)
     assert len(memory) >= 15 and max(memory) <= 1.05 * memory[0]
     for numbers in rest:                                        # with readers some come and go

@@ -79,6 +79,12 @@ def test_copies_in_the_stages_are_equal():
         assert len(found) >= 2 and len(set(found)) == 1, pattern
 
 
+def test_every_script_starts_in_the_same_way():
+    """The tests call run() as its last lines do."""
+    for script in STAGES:
+        assert (ROOT / script).read_text().endswith('\nif __name__ == "__main__":\n    run(main, get_parser())\n')
+
+
 def test_collapse_is_handled_alike():
     """But for the name of the stage."""
     block = r"            collapsed = collapsed \+ 1 if .*?return finish\(4\)\n"

@@ -2,14 +2,9 @@
 
 import csv
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from processes import ROOT, finish, run, start, wait_for
 from torch import nn
 
 import checkpoint
@@ -25,21 +21,6 @@ import pretrain
 from data import Batches, Views, build_dataset, eval_batches, input_of
 from lincls import Heads, accuracies, build_reader, classify, head_losses, hold_out, pool_depth, sgd_step
 from model import Twist, build_backbone
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(command):
-    """A stage in a process of its own with one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, *shlex.split(str(command))], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def saved_network(folder, flags):
@@ -341,10 +322,8 @@ def test_killed_or_stopped_and_resumed_run_ends_with_the_same_heads(network, tmp
     signals = (("killed", signal.SIGKILL), ("stopped", signal.SIGTERM))[:1 if flags else 2]
     for name, signum in signals:
         command = f"{small(network, tmp_path / name)} --epochs 5 --save-every 1 {flags}"
-        process, deadline = start(f"lincls.py {command}"), time.time() + 60
-        while not (tmp_path / name / "checkpoint.prev.pth").exists():
-            assert process.poll() is None and time.time() < deadline, process.communicate()
-            time.sleep(0.01)
+        process = start(f"lincls.py {command}")
+        wait_for(tmp_path / name / "checkpoint.prev.pth", process)
         process.send_signal(signum)
         finish(process, {signal.SIGKILL: -9, signal.SIGTERM: 143}[signum])
         step = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["step"]
@@ -359,8 +338,7 @@ def test_one_two_and_three_processes(network, tmp_path, here):
     """Trained by two: the heads of one, up to rounding. The same heads evaluated by 1, 2 and 3: each test
     image counts once, and the predictions are the same (256 images are not divisible by three)."""
     assert here(f"{small(network, tmp_path / 'one')} --depths") == 0
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node"
-    finish(start(f"{torchrun} 2 lincls.py {small(network, tmp_path / 'two')} --depths"))
+    run(f"lincls.py {small(network, tmp_path / 'two')} --depths", ranks=2)
     one, two = heads_of(tmp_path / "one"), heads_of(tmp_path / "two")
     for name in one:
         a, b = one[name].double(), two[name].double()
@@ -369,15 +347,14 @@ def test_one_two_and_three_processes(network, tmp_path, here):
         shutil.copytree(tmp_path / "one", tmp_path / str(n))
         for name in ("metrics.json", "predictions.csv"):
             (tmp_path / str(n) / name).unlink()
-        finish(start(f"{torchrun} {n} lincls.py {small(network, tmp_path / str(n))} --depths"))
+        run(f"lincls.py {small(network, tmp_path / str(n))} --depths", ranks=n)
         assert metrics_of(tmp_path / str(n)) == metrics_of(tmp_path / "one")
         assert predictions_of(tmp_path / str(n)) == predictions_of(tmp_path / "one")
 
 
 def test_two_processes_on_cached_features(network, tmp_path, here):
     assert here(f"{small(network, tmp_path / 'one')} --cached --held-out 0 --lrs 1") == 0
-    finish(start("-m torch.distributed.run --standalone --nproc-per-node 2 lincls.py "
-                 f"{small(network, tmp_path / 'two')} --cached --held-out 0 --lrs 1"))
+    run(f"lincls.py {small(network, tmp_path / 'two')} --cached --held-out 0 --lrs 1", ranks=2)
     one, two = (torch.load(tmp_path / name / "head.pth", weights_only=True) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 

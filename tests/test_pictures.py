@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import traceback
 import zlib
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, run, start, wait_for, wait_until
 
 import checkpoint
 import cluster_eval
@@ -35,7 +35,6 @@ import semisup
 from checkpoint import UserError
 from data import Batches, ImageSet, build_dataset, build_views, eval_batches, read_picture
 
-ROOT = Path(__file__).parents[1]
 CONFIG = dict(data="files", image_size=16)
 RED, BLUE = (200, 40, 40), (40, 40, 200)
 
@@ -298,8 +297,8 @@ def test_the_same_views_for_any_workers_processes_and_starts(tmp_path, labelled)
     straight = loaded(whole, 0, range(15))                     # three epochs of five steps
     assert whole.broken.nonzero()[:, 0].tolist() == [4, 7, 20, 33, 34, 59]
     assert_same(loaded(whole, 0, range(15)), straight)
-    for workers, start in ((1, 0), (3, 0), (3, 7)):
-        assert_same(loaded(sixty(tmp_path, labelled=labelled), workers, range(start, 15)), straight[start:])
+    for workers, first in ((1, 0), (3, 0), (3, 7)):
+        assert_same(loaded(sixty(tmp_path, labelled=labelled), workers, range(first, 15)), straight[first:])
     halves = [loaded(sixty(tmp_path, labelled=labelled), 0, range(15), rank, 2) for rank in range(2)]
     joined = [([torch.cat(crops) for crops in zip(a, b, strict=True)], torch.cat([u, v], 1))
               for (a, u), (b, v) in zip(*halves, strict=True)]
@@ -447,18 +446,6 @@ def call(stage, command, code=0):
     assert (stop.value.code or 0) == code
 
 
-def start(command):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -473,7 +460,7 @@ def trained(folders, tmp_path_factory):
     """pretrain.py on `damaged` as users start it, and on `blind` with other workers: it reads no labels."""
     runs = tmp_path_factory.mktemp("runs")
     command = f"pretrain.py --data {folders}/damaged {ON_FILES} --workers 2 --output-dir {runs}/damaged"
-    _, err = finish(start(command))
+    _, err = run(command)
     lines = err.splitlines()
     assert len(lines) == 5 and all(line.isprintable() for line in lines), err     # nothing of the odd ones
     for name in ("bomb.png", "truncated.jpg", "bad-\\n\\udcff-図.jpg", "pipe.jpg", "truncated.png"):
@@ -590,30 +577,25 @@ def test_a_killed_worker_ends_the_run_in_one_line(folders, tmp_path, signum):
     log = tmp_path / "run/log.jsonl"
     process = start(f"pretrain.py --data {folders}/without {ON_FILES} --workers 2 --epochs 9999 "
                     f"--print-every 1 --save-every 99999 --knn-every 0 --output-dir {tmp_path}/run")
-    deadline = time.time() + 60
-    while not log.exists() or log.read_text().count("\n") < 4:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.05)
+    assert wait_until(lambda: log.exists() and log.read_text().count("\n") >= 4, process)
     os.kill(children_of(process.pid)[0], signum)
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process, 1)
     *lines, last = err.splitlines()
     told = signal.strsignal(signum), "exited unexpectedly"      # of a crash PyTorch may hear either way
-    assert process.returncode == 1 and "worker" in last and any(word in last for word in told), err
+    assert "worker" in last and any(word in last for word in told), err
     assert len(lines) <= (signum == signal.SIGSEGV), err       # of this PyTorch itself says that it happened
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_on_a_damaged_folder(folders, trained, tmp_path):
     command = f"pretrain.py --data {folders}/damaged {ON_FILES} --save-every 1 --output-dir {tmp_path}/killed"
-    process, deadline = start(f"{command} --workers 1"), time.time() + 60
-    while not (tmp_path / "killed/checkpoint.prev.pth").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
+    process = start(f"{command} --workers 1")
+    wait_for(tmp_path / "killed/checkpoint.prev.pth", process)
     process.kill()
-    process.communicate(timeout=60)
+    process.wait()
     step = torch.load(tmp_path / "killed/checkpoint.pth", weights_only=True)["step"]
     assert 2 <= step < 10
-    _, err = finish(start(f"{command} --workers 3"))
+    _, err = run(f"{command} --workers 3")
     assert "Traceback" not in err
     assert_same_state(tmp_path / "killed", trained / "damaged")
 
@@ -664,15 +646,13 @@ def test_what_was_broken_stays_out_when_a_run_goes_on(stage, trained, folders, t
 @pytest.mark.slow
 def test_two_processes_on_a_damaged_folder(folders, trained, tmp_path):
     """Each finds the broken ones of its share; together they train and evaluate as on the mended folder."""
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
     given = f"--checkpoint {trained}/damaged/checkpoint.pth --batch-size 8 --epochs 2 --workers 1"
     stages = ((f"pretrain.py {ON_FILES}", "pretrain"), (f"semisup.py {given} --label-fraction 1", "semisup"),
               (f"lincls.py {given} --lrs 1 --held-out 0 --cached", "lincls"))
     for command, name in stages:
         mended = "blind" if name == "pretrain" else "mended"
         for folder in ("damaged", mended):
-            finish(start(f"{torchrun} {command} --data {folders}/{folder} "
-                         f"--output-dir {tmp_path}/{name}-{folder}"))
+            run(f"{command} --data {folders}/{folder} --output-dir {tmp_path}/{name}-{folder}", ranks=2)
         ours, theirs = (tmp_path / f"{name}-{folder}" for folder in ("damaged", mended))
         assert_same_state(ours, theirs)
         if name != "pretrain":

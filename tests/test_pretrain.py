@@ -2,42 +2,21 @@
 
 import json
 import math
-import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT, finish, run, start, wait_for
 from sklearn.datasets import load_sample_image
 
 import checkpoint
 import pretrain
 
-ROOT = Path(__file__).parents[1]
 SMALL = "--data fake --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
-
-
-def start(command, **kwargs):
-    """A stage in a process of its own with one thread: the machines that test this have few cores."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, *shlex.split(str(command))], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def run(command, code=0):
-    return finish(start(command), code)
 
 
 def weights(folder):
@@ -96,20 +75,13 @@ def test_finished_run_says_so_and_changes_nothing(trained, tmp_path):
     assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
 
 
-def wait_for(path, process, seconds=120):
-    deadline = time.time() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.02)
-
-
 def test_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
     """SIGKILL in mid-epoch; then with workers, for which views and order must not differ."""
     command = f"pretrain.py {SMALL} --output-dir {tmp_path}/killed --save-every 1"
     process = start(command)
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     step = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)["step"]
     assert 2 <= step < 16 and step != 8, f"killed at step {step}: not in mid-epoch, make the run longer"
     (tmp_path / "killed" / "log.jsonl").open("a").write('{"step": half a li')
@@ -131,12 +103,11 @@ def test_signal_saves_and_the_run_goes_on(trained, tmp_path):
     assert_same_weights(trained, tmp_path / "elsewhere")
 
 
-def test_two_processes_under_torchrun_equal_one(trained, tmp_path):
+def test_two_processes_equal_one(trained, tmp_path):
     """Up to rounding, which training amplifies; test_ddp has it exact. SGD: AdamW amplifies most."""
     few = "--epochs 1 --print-every 1 --knn-every 0 --optimizer sgd --lr 0.02"
     run(f"pretrain.py {SMALL} {few} --output-dir {tmp_path}/one")
-    out, _ = run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
-                 f"{SMALL} {few} --output-dir {tmp_path}/two")
+    out, _ = run(f"pretrain.py {SMALL} {few} --output-dir {tmp_path}/two", ranks=2)
     assert "2 process(es)" in out
     one, two = ([line["loss"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("one", "two"))
     assert len(one) == 8
@@ -171,7 +142,7 @@ def test_barlow_twins_trains_and_resumes(tmp_path):
     process = start(f"pretrain.py {flags} --output-dir {tmp_path}/killed")
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     run(f"pretrain.py {flags} --output-dir {tmp_path}/killed")
     assert_same_weights(tmp_path / "straight", tmp_path / "killed")
 
@@ -182,28 +153,25 @@ def test_barlow_twins_trains_and_resumes(tmp_path):
     run(f"knn.py --checkpoint {path} --k 5 --output-dir {tmp_path}/knn")
 
 
-IN_DOUBLE = """import sys
-sys.path.insert(0, {root!r})
-import pretrain
-from checkpoint import run
-build_network, build_views = pretrain.build_network, pretrain.build_views
-def views_in_double(*args, **kwargs):
-    views = build_views(*args, **kwargs)
-    views.register_forward_hook(lambda module, inputs, outputs: [x.double() for x in outputs])
-    return views
-pretrain.build_network, pretrain.build_views = lambda *a: build_network(*a).double(), views_in_double
-run(pretrain.main, pretrain.get_parser())
-"""
+def in_double():
+    """From now on this process trains in double precision: in single, a ReLU flips by rounding and steps
+    multiply it."""
+    build_network, build_views = pretrain.build_network, pretrain.build_views
+
+    def views_in_double(*args, **kwargs):
+        views = build_views(*args, **kwargs)
+        views.register_forward_hook(lambda module, inputs, outputs: [x.double() for x in outputs])
+        return views
+    pretrain.build_network = lambda *args: build_network(*args).double()
+    pretrain.build_views = views_in_double
 
 
 @pytest.mark.slow
 def test_barlow_twins_in_two_processes_equals_one(tmp_path):
-    """The whole stage, in double precision: in single, a ReLU flips by rounding and steps multiply it."""
-    (tmp_path / "double.py").write_text(IN_DOUBLE.format(root=str(ROOT)))
+    """The whole stage, in double precision."""
     flags = f"{SMALL} --loss barlow --epochs 1 --optimizer sgd --lr 0.05 --print-every 1 --knn-every 0"
-    run(f"{tmp_path}/double.py {flags} --output-dir {tmp_path}/one")
-    run("-m torch.distributed.run --nproc-per-node 2 --standalone "
-        f"{tmp_path}/double.py {flags} --output-dir {tmp_path}/two")
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/one", prepare=in_double)
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/two", ranks=2, prepare=in_double)
     one, two = ([line["loss"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("one", "two"))
     assert len(one) == 8 and one == pytest.approx(two, rel=1e-9)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -232,7 +200,7 @@ def test_momentum_encoder_and_drop_path_resume_exactly(tmp_path):
     process = start(f"pretrain.py {SMALL} {flags} --export student --output-dir {tmp_path}/killed")
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     run(f"pretrain.py {SMALL} {flags} --export student --output-dir {tmp_path}/killed")
     resumed = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)
     for part in ("model", "teacher"):
@@ -295,8 +263,7 @@ def test_used_folders_and_recipes(tmp_path):
 
 
 def test_processes_that_do_not_divide_the_batch(tmp_path):
-    _, err = run("-m torch.distributed.run --nproc-per-node 2 --standalone pretrain.py "
-                 f"{SMALL} --batch-size 63 --output-dir {tmp_path}/bad", code=1)
+    _, err = run(f"pretrain.py {SMALL} --batch-size 63 --output-dir {tmp_path}/bad", code=2, ranks=2)
     assert err.count("--batch-size 63: not divisible by the 2 processes") == 1
     assert not (tmp_path / "bad").exists()
 
@@ -308,7 +275,7 @@ def test_two_runs_in_one_folder(tmp_path):
     _, err = run(command, code=2)
     assert "another run is using this folder" in err
     first.kill()
-    first.communicate()
+    first.wait()
 
 
 # ---------------------------------------------------------------- people's own pictures
@@ -349,7 +316,7 @@ def test_pictures_from_files_killed_and_resumed(pictures, tmp_path):
     process = start(f"{command} --workers 1 --save-every 1 --output-dir {tmp_path}/killed")
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     step = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)["step"]
     assert 2 <= step < 12
     run(f"{command} --workers 3 --save-every 1 --output-dir {tmp_path}/killed")

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 import torch
-from test_pretrain import ROOT, SMALL, assert_same_weights, finish, log_lines, run, start, wait_for, weights
+from processes import ROOT, finish, run, start, wait_for
+from test_pretrain import SMALL, assert_same_weights, log_lines, weights
 
 import checkpoint
 import selflabel
@@ -48,14 +49,14 @@ def test_a_run_goes_on_from_the_first_stage(pretrained, labelled, tmp_path):
     evaluate_by_every_stage(labelled / "checkpoint.pth", tmp_path)
 
 
-def evaluate_by_every_stage(path, out, launcher=""):
-    """The end of the chain: cluster_eval and knn in one process, lincls and semisup as `launcher` says."""
+def evaluate_by_every_stage(path, out, ranks=1):
+    """The end of the chain: cluster_eval and knn in one process, lincls and semisup in `ranks`."""
     run(f"cluster_eval.py --checkpoint {path} --output-dir {out}/classes")
     run(f"knn.py --checkpoint {path} --k 5 --output-dir {out}/knn")
-    run(f"{launcher} lincls.py --checkpoint {path} --cached --epochs 2 --batch-size 128 "
-        f"--output-dir {out}/lincls")
-    run(f"{launcher} semisup.py --checkpoint {path} --label-fraction 0.5 --epochs 2 --batch-size 64 "
-        f"--output-dir {out}/semisup")
+    run(f"lincls.py --checkpoint {path} --cached --epochs 2 --batch-size 128 "
+        f"--output-dir {out}/lincls", ranks=ranks)
+    run(f"semisup.py --checkpoint {path} --label-fraction 0.5 --epochs 2 --batch-size 64 "
+        f"--output-dir {out}/semisup", ranks=ranks)
     for stage in ("classes", "knn", "lincls", "semisup"):
         metrics = json.loads((out / stage / "metrics.json").read_text())
         assert metrics.get("num_test", metrics.get("num_images")) == 256, stage
@@ -65,11 +66,10 @@ def evaluate_by_every_stage(path, out, launcher=""):
 
 @pytest.mark.slow
 def test_the_chain_in_two_processes(tmp_path):
-    launcher = "-m torch.distributed.run --nproc-per-node 2 --standalone"
-    run(f"{launcher} pretrain.py {SMALL} --output-dir {tmp_path}/one")
-    run(f"{launcher} selflabel.py --checkpoint {tmp_path}/one/checkpoint.pth {FLAGS} "
-        f"--output-dir {tmp_path}/two")
-    evaluate_by_every_stage(tmp_path / "two/checkpoint.pth", tmp_path, launcher)
+    run(f"pretrain.py {SMALL} --output-dir {tmp_path}/one", ranks=2)
+    run(f"selflabel.py --checkpoint {tmp_path}/one/checkpoint.pth {FLAGS} --output-dir {tmp_path}/two",
+        ranks=2)
+    evaluate_by_every_stage(tmp_path / "two/checkpoint.pth", tmp_path, ranks=2)
 
 
 def test_killed_and_resumed(pretrained, labelled, tmp_path):
@@ -78,7 +78,7 @@ def test_killed_and_resumed(pretrained, labelled, tmp_path):
     process = start(command)
     wait_for(tmp_path / "killed" / "checkpoint.prev.pth", process)
     process.kill()
-    process.communicate()
+    process.wait()
     run(f"{command} --workers 2")
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert_same_weights(labelled, tmp_path / "killed")
@@ -95,7 +95,7 @@ def test_a_signal_saves(pretrained, tmp_path):
     process = start(f"{command} --resume {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/other")
     wait_for(tmp_path / "other" / "checkpoint.pth", process)   # --data is the first stage's, not repeated
     process.kill()
-    process.communicate()
+    process.wait()
     assert "resumed_from" in log_lines(tmp_path / "other")[0]
 
 
@@ -104,8 +104,7 @@ def test_two_processes_equal_one(pretrained, tmp_path):
     flags = (f"--checkpoint {pretrained}/checkpoint.pth {FLAGS} --epochs 1 --optimizer sgd --lr 0.05 "
              "--ema 0.9 --num-local 1 --views multicrop")
     run(f"selflabel.py {flags} --output-dir {tmp_path}/one")
-    torchrun = "-m torch.distributed.run --nproc-per-node 2 --standalone"
-    run(f"{torchrun} selflabel.py {flags} --output-dir {tmp_path}/two")
+    run(f"selflabel.py {flags} --output-dir {tmp_path}/two", ranks=2)
     one, two = ([line for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for i, (a, b) in enumerate(zip(one, two, strict=True)):

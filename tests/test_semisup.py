@@ -3,14 +3,14 @@
 import json
 import shlex
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_lincls import ROOT, finish, metrics_of, predictions_of, saved_network, start
+from processes import ROOT, finish, run, start, wait_until
+from test_lincls import metrics_of, predictions_of, saved_network
 from torch import nn
 
 import checkpoint
@@ -236,12 +236,8 @@ def test_stopped_and_resumed_run_ends_with_the_same_weights(network, tmp_path, h
     """Between two checkpoints, so that the signal saves; killing is tested with lincls.py."""
     assert here(f"{small(network, tmp_path / 'straight')} --epochs 12") == 0
     command = f"{small(network, tmp_path / 'run')} --epochs 12"
-    process, deadline = start(f"semisup.py {command}"), time.time() + 60
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.01)
-    while len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 2:
-        time.sleep(0.01)
+    process, log = start(f"semisup.py {command}"), tmp_path / "run" / "log.jsonl"
+    assert wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process, 143)
     assert "stopped by SIGTERM" in out and 2 <= state_of(tmp_path / "run")["step"] < 48
@@ -254,9 +250,8 @@ def test_stopped_and_resumed_run_ends_with_the_same_weights(network, tmp_path, h
 def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
     """Batch norms are by process, so the weights are others than one process's; evaluated by one and by three
     processes they give the same predictions, each test image once."""
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node"
     command = small(network, tmp_path / "run").replace("--batch-size 32", "--batch-size 36")
-    finish(start(f"{torchrun} 2 semisup.py {command}"))
+    run(f"semisup.py {command}", ranks=2)
     two, predictions = metrics_of(tmp_path / "run"), predictions_of(tmp_path / "run")
     assert two["test_top1"] > 0.3 and len(predictions) == 256
     for n in (1, 3):
@@ -264,7 +259,7 @@ def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
         if n == 1:
             assert here(command) == 0
         else:
-            finish(start(f"{torchrun} 3 semisup.py {command}"))
+            run(f"semisup.py {command}", ranks=3)
         assert metrics_of(tmp_path / "run") == two and predictions_of(tmp_path / "run") == predictions
 
 

@@ -1,18 +1,16 @@
 """svm.py: its minima against scikit-learn's, AP against its definition, the command on a small VOC folder."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import ROOT, run
 from sklearn.datasets import load_sample_image
 from sklearn.svm import LinearSVC
 from torchvision.transforms.functional import resize
@@ -24,16 +22,8 @@ from lincls import pool_depth
 from model import build_backbone, build_twist
 from svm import average_precision, fit_svm, read_voc
 
-ROOT = Path(__file__).parents[1]
 COLOURS = {"cow": (200, 40, 40), "dog": (40, 180, 40), "train": (40, 40, 200), "cat": (200, 200, 40)}
 FLAGS = "--shots 1 4 --samples 3 --costs 0.01 1 100"
-
-
-def start(command):
-    """The command in a process of its own with one thread."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, *shlex.split(str(command))], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # ---------------------------------------------------------------- the SVM
@@ -216,11 +206,9 @@ def labels_by_hand(voc, part):
 
 
 def test_as_a_user_runs_it_and_by_hand(here, network, voc, tmp_path):
-    """By subprocess, and again with scikit-learn, on the same draws; then for each cost alone."""
-    process = start(f"svm.py --checkpoint {network} --data {voc.parent.parent} --output-dir {tmp_path} "
-                    f"--seed 5 {FLAGS}")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+    """In a process of its own, and again with scikit-learn, on the same draws; then for each cost alone."""
+    out, _ = run(f"svm.py --checkpoint {network} --data {voc.parent.parent} --output-dir {tmp_path} "
+                 f"--seed 5 {FLAGS}")
     found = metrics_of(tmp_path)["shots"]
     assert list(found) == ["1", "4"] and f"k = 4     mAP {found['4']['map']:.4f}" in out
     assert found["4"]["map"] > 0.7 and found["4"]["map"] > found["1"]["map"] + 0.05

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_faults import OFTEN, STAGES, begin, content, log_lines, same, wait_until
+from processes import ROOT, finish, wait_until
+from test_faults import OFTEN, STAGES, begin, content, log_lines, same
 from test_lincls import saved_network
 
 import checkpoint
@@ -30,7 +31,6 @@ from model import Twist, build_student
 from optim import BadStep
 from pretrain import terms_and_health
 
-ROOT = Path(__file__).parents[1]
 EVALUATIONS = {"knn": "--checkpoint {network} --k 5", "cluster_eval": "--checkpoint {network}"}
 
 
@@ -57,11 +57,10 @@ def here(network, monkeypatch, capfd):
     return start
 
 
-def ended(process, out, code):
+def ended(process, code):
     """stderr of a process of begin(), one line."""
-    process.join(120)
-    said = Path(f"{out}.err").read_text()
-    assert process.exitcode == code and said.count("\n") == 1, (process.exitcode, said)
+    _, said = finish(process, code)
+    assert said.count("\n") == 1, said
     return said
 
 
@@ -85,17 +84,15 @@ def full_after_a_save(stage, network, out, fill):
     process = begin(stage, flags, out)
     assert wait_until((out / "checkpoint.prev.pth").exists, process)
     free = fill(process)
-    said = ended(process, out, 2)
+    said = ended(process, 2)
     assert f"{stage}.py: error: " in said and str(out) in said and "cannot be written (" in said, said
     assert " pos " not in said                                  # torch's words, which nobody understands
     assert not list(out.glob("*.tmp"))                          # half a file, which keeps the disk full
     step = checkpoint.load_checkpoint(out / "checkpoint.pth")["step"]
     free()
-    process = begin(stage, flags, out)
-    process.join(120)
-    assert process.exitcode == 0 and {"resumed_from": step} in log_lines(out)
-    process = begin(stage, flags, Path(f"{out}2"))
-    process.join(120)
+    finish(begin(stage, flags, out))
+    assert {"resumed_from": step} in log_lines(out)
+    finish(begin(stage, flags, f"{out}2"))
     assert same(content(out / "checkpoint.pth"), content(Path(f"{out}2/checkpoint.pth")))
 
 
@@ -134,7 +131,7 @@ def test_a_disk_too_small_for_a_save(network, tmp_path):
         (disk / "run").mkdir()
         (tmp_path / "run").symlink_to(disk / "run")
         process = begin("pretrain", f"{STAGES['pretrain']} {OFTEN}", tmp_path / "run")
-        said = ended(process, tmp_path / "run", 2)
+        said = ended(process, 2)
         assert "cannot be written (No space left on device)" in said
         assert not list((disk / "run").glob("*.tmp"))
 
@@ -179,7 +176,7 @@ def test_the_folder_is_removed_in_mid_run(stage, network, tmp_path):
     assert wait_until((out / "checkpoint.prev.pth").exists, process)
     while out.exists():                                         # it may be writing just now
         shutil.rmtree(out, ignore_errors=True)
-    said = ended(process, out, 2)
+    said = ended(process, 2)
     assert f"{out}/" in said and "cannot be written (No such file or directory)" in said
 
 
@@ -370,10 +367,9 @@ def test_fp16_resumes_with_its_scale(network, tmp_path):
         if name == "killed":
             assert wait_until((tmp_path / name / "checkpoint.prev.pth").exists, process)
             process.kill()
-            process.join()
+            process.wait()
             process = begin("pretrain", flags, tmp_path / name)
-        process.join(200)
-        assert process.exitcode == 0
+        finish(process)
         states[name] = content(tmp_path / name / "checkpoint.pth")
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert states["straight"]["scaler"]["scale"] > 1 and states["straight"]["scaler"]["_growth_tracker"] > 20
