@@ -3,6 +3,7 @@
 They are forks of a server that has imported what they need: that takes longer than most of these runs.
 """
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ STAGES = ("pretrain", "selflabel", "distill", "lincls", "semisup")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", *STAGES, "cluster_eval", "knn", "svm", "matplotlib.pyplot"])
 OUTPUT = tempfile.TemporaryDirectory()
+STARTED = []
 
 
 def free_port():
@@ -87,7 +89,8 @@ class Started:
 
     def send_signal(self, signum):
         """To the process itself, not to its readers; of several ranks to all."""
-        (os.killpg if self.ranks > 1 else os.kill)(self.pid, signum)
+        if self.poll() is None:
+            (os.killpg if self.ranks > 1 else os.kill)(self.pid, signum)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
@@ -98,7 +101,15 @@ class Started:
 
 def start(command, ranks=1, prepare=None):
     """`python COMMAND`, say "pretrain.py --epochs 1", or ranks of torchrun; prepare() is called first."""
-    return Started(shlex.split(str(command)), ranks, prepare)
+    STARTED.append(Started(shlex.split(str(command)), ranks, prepare))
+    return STARTED[-1]
+
+
+@atexit.register
+def nothing_is_left():
+    """Of tests that failed."""
+    for process in STARTED:
+        process.kill()
 
 
 def finish(process, code=0):

@@ -370,7 +370,7 @@ def launch(torchrun, flags, out, script="pretrain.py", **more):
 
 def launched(process, out):
     """As what start() returns."""
-    process.said = lambda: (Path(f"{out}.out").read_text(),)
+    process.said = lambda: (Path(f"{out}.out").read_text(), "")
     LAUNCHED.append(process)
     return process
 
@@ -402,18 +402,17 @@ def workers(launcher):
 def in_two(tmp_path_factory):
     """Folder of the undisturbed run of two processes."""
     out = tmp_path_factory.mktemp("in_two") / "run"
-    end(launch(TORCHRUN, TOGETHER, out))
+    end(begin("pretrain", TOGETHER, out, ranks=2))
     return out
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_bits_twice(in_two, tmp_path):
+def test_two_processes_of_torchrun_give_the_same_bits(in_two, tmp_path):
     end(launch(TORCHRUN, TOGETHER, tmp_path / "run"))
     assert_same_run(in_two, tmp_path / "run")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_torchrun_restarts_from_the_checkpoint(rank, in_two, tmp_path):
     out = tmp_path / "run"
     launcher = launch(f"{TORCHRUN} --max-restarts 2", TOGETHER, out, **RESTARTS)
@@ -515,13 +514,13 @@ def test_all_ranks_stop_together(signum, noisy, tmp_path):
         assert same(content(noisy / name), content(out / name)), name
 
 
-@pytest.mark.slow
-def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(processes, tmp_path):
     """recipes/slurm.sbatch itself, with commands of Slurm that do as if."""
     out, small = tmp_path / "run", f"{TOGETHER.replace('--data fake', '')}"
     text = (ROOT / "recipes/slurm.sbatch").read_text()
     for old, new in (("runs/resnet50_multicrop", str(out)), ("@recipes/resnet50_multicrop.txt", small),
-                     ("--nproc-per-node 8", "--nproc-per-node 2"), (":29500", f":{free_port()}")):
+                     ("--nproc-per-node 8", f"--nproc-per-node {processes}"), (":29500", f":{free_port()}")):
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "sound").write_text(text)
@@ -626,8 +625,8 @@ def measure(process, out):
     return series
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", LONG)
+@pytest.mark.parametrize("run", ["lincls", *(pytest.param(run, marks=pytest.mark.slow)
+                                             for run in LONG if run != "lincls")])
 def test_memory_and_open_files_of_2000_steps_stay_flat(run, network, tmp_path):
     for i in range(100):                                        # 80 to train on
         path = tmp_path / "pictures" / ("val" if i % 5 == 4 else "train") / f"class{i % 2}" / f"{i}.png"

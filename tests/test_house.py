@@ -81,8 +81,8 @@ def test_copies_in_the_stages_are_equal():
 
 def test_every_script_starts_in_the_same_way():
     """The tests call run() as its last lines do."""
-    for script in STAGES:
-        assert (ROOT / script).read_text().endswith('\nif __name__ == "__main__":\n    run(main, get_parser())\n')
+    last = '\nif __name__ == "__main__":\n    run(main, get_parser())\n'
+    assert all((ROOT / script).read_text().endswith(last) for script in STAGES)
 
 
 def test_collapse_is_handled_alike():
