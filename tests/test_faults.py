@@ -426,6 +426,18 @@ def test_torchrun_restarts_from_the_checkpoint(rank, in_two, tmp_path):
     assert_same_run(in_two, out)
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_lost_rank_ends_the_other(rank, in_two, tmp_path):
+    """Long before the timeout, as its connection is gone; and the same command goes on."""
+    process = begin("pretrain", TOGETHER, tmp_path / "run", ranks=2)
+    assert wait_until((tmp_path / "run/checkpoint.pth").exists, process)
+    os.kill(children(process.pid)[rank], signal.SIGKILL)
+    _, error = finish(process, 1)
+    assert error.count("\n") == 1 and f"rank {1 - rank}: another process of this run died" in error, error
+    end(begin("pretrain", TOGETHER, tmp_path / "run", ranks=2))
+    assert_same_run(in_two, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_lost_rank_without_restarts_ends_the_run_and_is_named(in_two, tmp_path):
     out = tmp_path / "run"
