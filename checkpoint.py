@@ -5,10 +5,12 @@ Backbones are read from the files of other projects, too, with every name and sh
 """
 
 import argparse
+import atexit
 import errno
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import pickletools
 import re
@@ -17,7 +19,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +95,8 @@ def run(main, parser, argv=None):
     of the run was lost, which the same command mends; 130 for Ctrl-C before a run knows how to save.
     """
     args = parse_args(parser, argv)
+    if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
+        multiprocessing.set_start_method("fork")         # of readers; Python 3.14 would have a server between
     try:
         sys.exit(main(args))
     except KeyboardInterrupt:
@@ -165,8 +169,16 @@ def open_output(args, stage):
 
 
 def make_evaluation_folder(path):
-    """The output folder of an evaluation. Raises UserError if it holds a training run or cannot be made."""
+    """The output folder of an evaluation; if nothing is written into a new one, it goes at the end.
+
+    Raises UserError if it holds a training run or cannot be made.
+    """
+    def remove_if_empty():
+        with suppress(OSError):
+            out.rmdir()
     out = Path(path)
+    if not out.exists():
+        atexit.register(remove_if_empty)
     if (out / "checkpoint.pth").exists():
         raise UserError(f"--output-dir {out}: holds a training run; choose another")
     try:

@@ -3,6 +3,8 @@
 import argparse
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import PurePosixPath
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from processes import ROOT
 
 import checkpoint
 import cluster_eval
@@ -473,3 +476,15 @@ def test_export_of_a_run_and_what_it_refuses(ours, tmp_path, capsys):
         assert start(export, "--checkpoint", tmp_path / "mobile.pth", "--arch", "mobilenet_v3_large",
                      "--format", layout, "--output", tmp_path / "mobile.out") == code
     assert "--format timm: has no mobilenet_v3_large" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- readers
+def test_readers_are_forks_unless_said_otherwise():
+    """On Linux; with Python 3.14 that is no longer what multiprocessing does by itself."""
+    code = ("import argparse, checkpoint, multiprocessing, sys\nmethod = multiprocessing.get_start_method\n"
+            "multiprocessing.set_start_method(sys.argv.pop()) if sys.argv[1:] else None\n"
+            "checkpoint.run(lambda args: print(method(allow_none=True)), argparse.ArgumentParser())")
+    for said in ([], ["spawn"]):
+        done = subprocess.run([sys.executable, "-c", code, *said], cwd=ROOT, capture_output=True, text=True)
+        default = "fork" if sys.platform == "linux" else "None"
+        assert done.stdout.split() == (said or [default]), done.stderr

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import finish, run, start, wait_for, wait_until
+from processes import ROOT, finish, run, start, wait_for, wait_until
 
 import checkpoint
 import cluster_eval
@@ -505,8 +505,12 @@ def test_knn_and_clusters_of_what_can_be_read(trained, folders, tmp_path, capsys
                        f"--output-dir {tmp_path}/bn")
     assert metrics_of(tmp_path / "bn")["num_images"] == 18
     assert "batch-norm statistics are those of 37 training images" in capsys.readouterr().out
-    call(knn, f"{given} --data {folders}/damaged --k 38 --output-dir {tmp_path}/knn", code=2)
-    assert "--k 38: only 37 training images can be read" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    for name in ("knn", "mine"):                                # at the end a new empty folder goes
+        command = f"knn.py {given} --data {folders}/damaged --k 38 --output-dir {tmp_path}/{name}"
+        refused = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2 and "--k 38: only 37 training images can be read" in refused.stderr
+        assert (tmp_path / name).exists() == (name == "mine")
 
 
 @pytest.mark.parametrize("flags", ["", "--cached"])
