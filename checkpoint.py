@@ -95,6 +95,11 @@ def run(main, parser, argv=None):
     of the run was lost, which the same command mends; 130 for Ctrl-C before a run knows how to save.
     """
     args = parse_args(parser, argv)
+    rank, restarts, shared = (os.environ.get(name) for name in (
+        "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
+    if rank == "0" and restarts not in (None, "0") and shared == "True":
+        to_stderr("warning: ranks that torchrun starts again may not find each other; to prevent that, set "
+                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         multiprocessing.set_start_method("fork")         # of readers; Python 3.14 would have a server between
     try:

@@ -127,4 +127,4 @@ def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     cases += [(dtype, "multi-crop", None, kind) for dtype in (torch.float64, torch.float32)
               for kind in ("momentum", "self-label", "self-label, teacher", "seed")]
     cases += [(dtype, "two views", None, "barlow") for dtype in (torch.float64, torch.float32)]
-    mp.spawn(worker, (world_size, tmp_path / "store", cases), nprocs=world_size)
+    mp.start_processes(worker, (world_size, tmp_path / "store", cases), world_size, start_method="forkserver")

@@ -60,9 +60,11 @@ def test_a_student_learns(teacher, distilled, tmp_path):
     state = torch.load(distilled / "checkpoint.pth", weights_only=True)
     assert {name.split(".")[0] for name in state["model"]} == {"backbone", "fc"}
     assert state["frozen"] == fingerprint(Embedder(load_teacher(teacher)[0], load_teacher(teacher)[2]))
-    for source in (f"{distilled}/checkpoint.pth", f"{distilled}/backbone.pth --arch resnet8 --data fake"):
-        run(f"knn.py --checkpoint {source} --k 5 --output-dir {tmp_path}/knn")
-        assert json.loads((tmp_path / "knn/metrics.json").read_text())["top1"]["5"] > 0.9
+    exported = load_backbone(build_backbone("resnet8"), distilled / "backbone.pth")
+    assert exported.left_over == [] and all(value.equal(state["model"][f"backbone.{name}"]) for name, value in
+                                            torch.load(distilled / "backbone.pth", weights_only=True).items())
+    run(f"knn.py --checkpoint {distilled}/checkpoint.pth --k 5 --output-dir {tmp_path}/knn")
+    assert json.loads((tmp_path / "knn/metrics.json").read_text())["top1"]["5"] > 0.9
     run(f"distill.py --teacher {distilled}/checkpoint.pth {FLAGS} --epochs 1 --output-dir {tmp_path}/again")
     assert log_lines(tmp_path / "again")[0]["config"]["teacher_head"] == "fc"
 
