@@ -1,9 +1,9 @@
 """Checkpoints of this and of other projects: each layout loads entirely, or is refused by name."""
 
 import argparse
+import multiprocessing
 import pickle
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import PurePosixPath
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from processes import ROOT
 
 import checkpoint
 import cluster_eval
@@ -479,12 +478,12 @@ def test_export_of_a_run_and_what_it_refuses(ours, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- readers
-def test_readers_are_forks_unless_said_otherwise():
+@pytest.mark.parametrize("chosen", [None, "spawn"])
+def test_readers_are_forks_unless_said_otherwise(chosen, monkeypatch):
     """On Linux; with Python 3.14 that is no longer what multiprocessing does by itself."""
-    code = ("import argparse, checkpoint, multiprocessing, sys\nmethod = multiprocessing.get_start_method\n"
-            "multiprocessing.set_start_method(sys.argv.pop()) if sys.argv[1:] else None\n"
-            "checkpoint.run(lambda args: print(method(allow_none=True)), argparse.ArgumentParser())")
-    for said in ([], ["spawn"]):
-        done = subprocess.run([sys.executable, "-c", code, *said], cwd=ROOT, capture_output=True, text=True)
-        default = "fork" if sys.platform == "linux" else "None"
-        assert done.stdout.split() == (said or [default]), done.stderr
+    said = []
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: chosen)
+    monkeypatch.setattr(multiprocessing, "set_start_method", said.append)
+    with pytest.raises(SystemExit):
+        checkpoint.run(lambda args: 0, argparse.ArgumentParser(), [])
+    assert said == (["fork"] if not chosen and sys.platform == "linux" else [])

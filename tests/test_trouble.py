@@ -359,7 +359,7 @@ def test_weights_that_are_not_finite(here, tmp_path):
 
 def test_fp16_resumes_with_its_scale(network, tmp_path):
     """Killed, in half precision: weights and the gradient's scale, with its age, are those of the other."""
-    flags = ("--data fake --batch-size 8 --epochs 1 --hidden-dim 16 --image-size 8 --knn-every 0 --amp fp16 "
+    flags = ("--data fake --batch-size 16 --epochs 1 --hidden-dim 16 --image-size 8 --knn-every 0 --amp fp16 "
              "--print-every 4 --save-every 4")
     states = {}
     for name in ("straight", "killed"):
