@@ -4,6 +4,7 @@ They are forks of a server that has imported what they need: that takes longer t
 """
 
 import atexit
+import functools
 import importlib
 import multiprocessing
 import os
@@ -24,8 +25,13 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("pretrain", "selflabel", "distill", "lincls", "semisup")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", *STAGES, "cluster_eval", "knn", "svm", "matplotlib.pyplot"])
-OUTPUT = tempfile.TemporaryDirectory()
 STARTED = []
+
+
+@functools.cache
+def outputs():
+    """A folder, which goes when this process ends; its forks need none."""
+    return tempfile.TemporaryDirectory()
 
 
 def free_port():
@@ -69,7 +75,7 @@ class Started:
     """A running command, with what the tests need of subprocess.Popen."""
 
     def __init__(self, words, ranks, prepare):
-        self.output, self.ranks = tempfile.mktemp(dir=OUTPUT.name), ranks
+        self.output, self.ranks = f"{outputs().name}/{len(STARTED)}", ranks
         self.process = FORKS.Process(target=in_fork, args=(words, self.output, ranks, prepare))
         with pytest.MonkeyPatch.context() as patch:             # read once, when the server starts
             patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
