@@ -57,7 +57,7 @@ def files(tmp_path_factory):
     (root / "list.txt").write_text("\n".join(f"pile/a{i}.png {i % 3}" for i in range(40)))
     (root / "labels.txt").write_text("\n".join(map(str, range(300))))
     (root / "text.txt").write_text("some text")
-    network = saved_network(root, "--data fake --arch resnet8")
+    network = saved_network(root, "--data fake --arch resnet8 --image-size 16")
     vit = saved_network(root, "--data fake --arch vit_t --image-size 32")
     state = torch.load(network, weights_only=True)["model"]
     torch.save({n.removeprefix("backbone."): w for n, w in state.items() if n.startswith("backbone.")},
