@@ -62,6 +62,7 @@ def in_fork(words, output, ranks, prepare):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)        # for its readers, as it is in a plain process
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
     sys.argv = words
     if ranks > 1:
         become_ranks(ranks)
