@@ -12,6 +12,7 @@ import gzip
 import os
 import stat
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -103,11 +104,21 @@ class ImageSet:
             to_stderr(f"warning: {error}; {count:,} of {number:,} so far, above {most:,} the run stops")
         if count > most:
             raise UserError(f"--data: {count:,} of {number:,} pictures cannot be read, more than {most:,}; "
-                            "mend or remove them, each is named above")
+                            "each is named above: mend them, or remove them and begin anew")
 
-    def places_of_broken(self):
-        """Int64 [n], for a checkpoint: places in the whole set of what has turned out to be broken."""
-        return torch.empty(0, dtype=torch.long) if self.broken is None else self.broken.nonzero()[:, 0]
+    def state_dict(self):
+        """Of a whole set, for a checkpoint: which files these are, and the places of those found broken."""
+        if self.images is not None:
+            return {}
+        return dict(names=zlib.crc32(self.paths.tobytes()), broken=self.broken.nonzero()[:, 0])
+
+    def load_state_dict(self, state):
+        """What state_dict() gave. Raises UserError if these are not the same files."""
+        if self.images is None and state:
+            if state["names"] != zlib.crc32(self.paths.tobytes()):
+                raise UserError("--data: pictures were added, removed or renamed since the run was saved; "
+                                "put back what was there, or --overwrite starts anew")
+            self.take_for_broken(state["broken"])
 
     def agree(self, device):
         """What one process has found broken all take for broken: a collective, of files only."""

@@ -216,7 +216,7 @@ def main(args):
             queues.copy_(state["queues"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            dataset.take_for_broken(state.get("broken", []))
+            dataset.load_state_dict(state.get("pictures"))
             if len(state["rng"]) == world_size:
                 set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
@@ -330,7 +330,7 @@ def main(args):
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), queues=queues, frozen=frozen, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, stage="distill", rng=rng,
-                    broken=dataset.places_of_broken(), config=config))
+                    pictures=dataset.state_dict(), config=config))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))

@@ -359,7 +359,7 @@ def main(args):
             heads.load_state_dict(state["model"])
             for v, saved in zip(velocities, state["optimizer"], strict=True):
                 v.copy_(saved)
-            whole.take_for_broken(state.get("broken", []))
+            whole.load_state_dict(state.get("pictures"))
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
             print(f"{out}: this run is finished; --overwrite starts it anew")
@@ -461,7 +461,7 @@ def main(args):
         if (saving or stopped) and rank == 0:
             save_checkpoint(out / "checkpoint.pth", dict(
                 model=heads.state_dict(), optimizer=velocities, step=step + 1, epoch=epoch, stage="lincls",
-                broken=whole.places_of_broken(), frozen=frozen, scores=scores, best=best_heads,
+                pictures=whole.state_dict(), frozen=frozen, scores=scores, best=best_heads,
                 config=vars(args)))
         if stopped:
             if rank == 0:

@@ -197,7 +197,7 @@ def main(args):
                 teacher.load_state_dict(state["teacher"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            dataset.take_for_broken(state.get("broken", []))
+            dataset.load_state_dict(state.get("pictures"))
             if len(state["rng"]) == world_size:
                 set_rng_state(state["rng"][rank], device)
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
@@ -311,7 +311,7 @@ def main(args):
                 save_checkpoint(out / "checkpoint.pth", dict(
                     model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), step=step + 1, epoch=epoch, left_out=left_out,
-                    stage="selflabel", rng=rng, broken=dataset.places_of_broken(), config=config))
+                    stage="selflabel", rng=rng, pictures=dataset.state_dict(), config=config))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))

@@ -280,7 +280,7 @@ def main(args):
             network.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-            whole.take_for_broken(state.get("broken", []))
+            whole.load_state_dict(state.get("pictures"))
     ddp = DistributedDataParallel(network) if world_size > 1 else network   # buffers are those of rank 0
     if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
         if rank == 0:
@@ -375,7 +375,7 @@ def main(args):
             save_checkpoint(out / "checkpoint.pth", dict(
                 model=network.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                 step=step + 1, epoch=epoch, stage="semisup", labelled=indices,
-                broken=whole.places_of_broken(), config=vars(args)))
+                pictures=whole.state_dict(), config=vars(args)))
         if stopped:
             if rank == 0:
                 write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))

@@ -374,7 +374,7 @@ def test_above_a_share_the_run_stops(tmp_path, workers, repeat, most, capfd):
     assert len(inputs_of(dataset, 100)) == len(dataset) - most
     assert capfd.readouterr().err.count("\n") == most
     spoil(40)
-    message = f"{most + 1} of {len(dataset):,} pictures cannot be read, more than {most}; mend or remove them"
+    message = f"{most + 1} of {len(dataset):,} pictures cannot be read, more than {most}; each is named"
     for read in (lambda: list(eval_batches(dataset, CONFIG, "cpu", 100, workers)),
                  lambda: loaded(dataset, workers, range(len(dataset) // 12))):
         with pytest.raises(UserError, match=message) as error:
@@ -631,12 +631,17 @@ def test_what_was_broken_stays_out_when_a_run_goes_on(stage, trained, folders, t
         patch.setattr(module, "save_checkpoint", save_and_end)
         call(module, f"{flags}/killed", code=130)
     gc.collect()                                                # the lock, which a process takes along
-    broken = checkpoint.load_checkpoint(tmp_path / "killed/checkpoint.pth")["broken"]
+    broken = checkpoint.load_checkpoint(tmp_path / "killed/checkpoint.pth")["pictures"]["broken"]
     paths = [os.fsdecode(build_dataset(f"{tmp_path}/data", "train").paths[i]) for i in broken]
     assert {os.path.basename(path) for path in paths} == set(BROKEN_ONES["train"])
+    Path(paths[0]).rename(f"{paths[0]}.png")
+    capsys.readouterr()
+    call(module, f"{flags}/killed", code=2)
+    assert "pictures were added, removed or renamed since the run was saved" in capsys.readouterr().err
+    gc.collect()
+    Path(f"{paths[0]}.png").rename(paths[0])
     for path in paths:
         Path(path).write_bytes(encoded("PNG"))
-    capsys.readouterr()
     call(module, f"{flags}/killed")
     err = capsys.readouterr().err
     assert not any(os.path.basename(path) in err for path in paths)
