@@ -533,7 +533,8 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(processes, tm
     out, small = tmp_path / "run", f"{TOGETHER.replace('--data fake', '')}"
     text = (ROOT / "recipes/slurm.sbatch").read_text()
     for old, new in (("runs/resnet50_multicrop", str(out)), ("@recipes/resnet50_multicrop.txt", small),
-                     ("--nproc-per-node 8", f"--nproc-per-node {processes}"), (":29500", f":{free_port()}")):
+                     ("--nproc-per-node 8", f"--nproc-per-node {processes}"), (":29500", f":{free_port()}"),
+                     ("OMP_NUM_THREADS=4", "OMP_NUM_THREADS=1")):
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "sound").write_text(text)
