@@ -178,10 +178,11 @@ def make_evaluation_folder(path):
 
     Raises UserError if it holds a training run or cannot be made.
     """
+    out = Path(path)
+
     def remove_if_empty():
         with suppress(OSError):
             out.rmdir()
-    out = Path(path)
     if not out.exists():
         atexit.register(remove_if_empty)
     if (out / "checkpoint.pth").exists():

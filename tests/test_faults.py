@@ -1,5 +1,4 @@
-"""Runs that are disturbed: killed at any moment, preempted, a worker or a launcher lost, processes added.
-"""
+"""Runs that are disturbed: killed at any moment, preempted, a worker or a launcher lost, processes added."""
 
 import functools
 import importlib
