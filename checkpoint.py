@@ -1,16 +1,10 @@
-"""A run and its files: arguments, output folder and lock, atomic checkpoints, exact resume.
+"""Files of weights: written atomically, verified before they are loaded, read from other projects as well.
 
-What is written can be trusted: a file is complete or it is not there, and it is checked before it is read.
-Backbones are read from the files of other projects, too, with every name and shape accounted for.
+save_checkpoint and load_checkpoint keep the state of a run. load_twist and load_pretrained return the network
+of a file, load_backbone and load_head that of another project. The checks of hostile files stand at the end.
 """
 
 import argparse
-import atexit
-import errno
-import fcntl
-import io
-import json
-import multiprocessing
 import os
 import pickletools
 import re
@@ -19,265 +13,43 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, suppress
-from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from model import build_backbone, build_network
 
 VERSION = 1
-# What may differ between a run and its continuation: it changes where and how fast, not what is computed.
-FREE_FLAGS = {"workers", "print_every", "device", "amp", "output_dir", "timeout", "resume", "overwrite",
-              "data_dir", "local_rank"}
-RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "log.jsonl",
-             "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt",
-             "checkpoint.damaged.pth")
 
 
 class UserError(Exception):
-    """Something the user can mend; says what, where and how. Stages print it as one line and exit with 2."""
+    """A mistake that the user can mend. Its one line says what, where and how; a stage exits with code 2."""
 
 
 def to_stderr(line):
-    """Prints a line to stderr in one write: by `print` those of several processes get mixed up."""
+    """Prints a line to stderr in one write, so that lines of several processes do not mix."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def printable(name):
-    """A name of a file, or in one, with what is not to be printed, newlines or no UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    """A name with everything that cannot be printed (newlines, invalid UTF-8) as escapes."""
+    text = ""
+    for character in name:
+        text += character if character.isprintable() else ascii(character)[1:-1]
+    return text
 
 
-# ---------------------------------------------------------------- arguments
-def parse_args(parser, argv=None):
-    """Parses flags and `@file`s (lines of `--flag value`, # comments); `_` in a long flag is taken as `-`.
-
-    A mistake is one line on stderr and exit code 2. A later value wins, so flags after an @file override it.
-    """
-    parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = lambda line: _dashes(line.split("#")[0].split())
-    parser.error = lambda message: _exit(parser.prog, message)
-    args = parser.parse_args(_dashes(sys.argv[1:] if argv is None else argv))
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) > 2 ** 48:          # products with it must fit 64 bits
-                _exit(parser.prog, f"--{name.replace('_', '-')} {number}: too large a number")
-    return args
-
-
-def _dashes(words):
-    return [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in words]
-
-
-def _exit(prog, message, code=2):
-    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if dist.is_initialized():                    # from here on it may be the mistake of one process alone
-        message = f"rank {rank}: {message}" if dist.get_world_size() > 1 else message
-    elif local_rank != "0":                      # before, all make the same: it is said once on each machine
-        sys.exit(code)
-    try:
-        to_stderr(f"{prog}: error: {message}")
-    except OSError:              # it goes to the disk that is full; the exit code is to be right all the same
-        pass
-    sys.exit(code)
-
-
-def run(main, parser, argv=None):
-    """What stands behind `python STAGE.py`: parse and run; what is not a bug is told in one line.
-
-    Exit code 2 for what the user can mend, a full disk and too little memory among it; 1 if another process
-    of the run was lost, which the same command mends; 130 for Ctrl-C before a run knows how to save.
-    """
-    args = parse_args(parser, argv)
-    rank, restarts, shared = (os.environ.get(name) for name in (
-        "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
-    if rank == "0" and restarts not in (None, "0") and shared == "True":
-        to_stderr("warning: ranks that torchrun starts again may not find each other; to prevent that, set "
-                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
-    if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
-        multiprocessing.set_start_method("fork")         # of readers; Python 3.14 would have a server between
-    try:
-        sys.exit(main(args))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:   # of a loader's worker the last line; the others are its traceback
-        _exit(parser.prog, str(error).strip().splitlines()[-1].removeprefix("checkpoint.UserError: "))
-    except (OSError, MemoryError, RuntimeError) as error:
-        message, code = _explain(error, args)
-        if message is None:
-            raise
-        _exit(parser.prog, message, code)
-
-
-def _explain(error, args):
-    """(line, exit code) for an error of the machine rather than of the program; else (None, 1)."""
-    said, out = str(error).strip() or type(error).__name__, getattr(args, "output_dir", "")
-    if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
-            place = error.filename or f"standard output, or the log in {out}"
-            return f"{place}: cannot be written ({error.strerror})", 2
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
-        return f"not enough memory ({said.splitlines()[0][:120]}); try a smaller --batch-size", 2
-    elif worker := re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)[^.]*", said):
-        return (f"{worker[0]}; short of memory? Try fewer --workers; the same command goes on from the last "
-                "checkpoint"), 1
-    elif dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|nccl", said, re.I)):
-        return (f"another process of this run died or did not answer within --timeout {args.timeout:g} s "
-                f"({said.splitlines()[0][:160]}); the same command goes on from the last checkpoint"), 1
-    return None, 1
-
-
-# ---------------------------------------------------------------- the output folder
-def open_output(args, stage):
-    """Makes and locks args.output_dir; returns (lock, checkpoint to go on from or None). For one process.
-
-    Refuses (UserError) a folder in use, one of a run with another configuration, with --resume never any used
-    one, and one with files of these names that are no run's. Nothing is written before all of that is known.
-    A run that had not saved yet binds nobody: it is begun anew. Keep `lock` for as long as the run lives.
-    """
-    out = Path(args.output_dir)
-    config = dict(vars(args), stage=stage)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--output-dir {out}: is not a folder")
-    lock = state = None
-    if out.is_dir():
-        lock = _lock(out)
-        there = [name for name in RUN_FILES if (out / name).exists()]
-        if there and not args.overwrite:
-            if not {"config.json", "checkpoint.pth", "checkpoint.prev.pth"} & set(there):
-                raise UserError(f"--output-dir {out}: holds {there[0]}, which no run wrote; choose another, "
-                                "or --overwrite replaces it")
-            if args.resume == "never":
-                raise UserError(f"--output-dir {out}: holds a run already; choose another or add --overwrite")
-            state = load_last_checkpoint(out)
-            if state is not None:
-                refuse_difference(state, config, out)
-    if args.resume not in ("auto", "never"):
-        state = load_checkpoint(args.resume)
-        refuse_difference(state, config, args.resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock or _lock(out)
-        if state is None or args.overwrite:
-            for name in RUN_FILES[1:]:
-                (out / name).unlink(missing_ok=True)
-        write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    return lock, state
-
-
-def make_evaluation_folder(path):
-    """The output folder of an evaluation; if nothing is written into a new one, it goes at the end.
-
-    Raises UserError if it holds a training run or cannot be made.
-    """
-    out = Path(path)
-
-    def remove_if_empty():
-        with suppress(OSError):
-            out.rmdir()
-    if not out.exists():
-        atexit.register(remove_if_empty)
-    if (out / "checkpoint.pth").exists():
-        raise UserError(f"--output-dir {out}: holds a training run; choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    return out
-
-
-def open_log(path):
-    """log.jsonl to append to; half a line that a killed run left is cut off."""
-    log = open(path, "a+b", buffering=0)                        # nothing is left over when the disk is full
-    log.seek(0)
-    log.truncate(log.read().rfind(b"\n") + 1)
-    return io.TextIOWrapper(log, write_through=True)
-
-
-def read_log(path):
-    """{step: entry} of a log's lines of training, of a step that was logged twice the later one.
-
-    Lines that a crash of the machine left damaged are passed over.
-    """
-    entries = {}
-    for line in Path(path).read_bytes().splitlines():
-        try:
-            entry = json.loads(line)
-            entries |= {entry["step"]: entry} if "loss" in entry else {}
-        except (ValueError, KeyError, TypeError):
-            pass
-    return entries
-
-
-def _lock(out):
-    try:
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
-    except OSError as error:     # some network file systems
-        to_stderr(f"warning: {out} cannot be locked ({error.strerror}): mind that no other run uses it")
-    register_after_fork(lock, io.TextIOWrapper.close)          # readers of a killed run outlive it by seconds
-    return lock
-
-
-def refuse_difference(state, config, where):
-    """Raises UserError that names the flags in which a checkpoint and its continuation must agree."""
-    before = {**state["config"], "stage": state.get("stage")}
-    keys = sorted((before.keys() & config.keys()) - FREE_FLAGS)
-    different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
-    if different:
-        raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); "
-                        "use the same flags, another --output-dir, or --overwrite")
-
-
-# ---------------------------------------------------------------- checkpoints
-def write_atomically(path, content):
-    """Writes bytes, or what torch.save makes of an object, beside `path`, flushes to disk, then renames.
-
-    Raises UserError where that is not possible (a full disk, a folder that is gone); `path` is as it was.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)              # the new name, too, is to outlive a power cut
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:                    # torch.save makes a RuntimeError of some
-        if "DataLoader worker" in str(error):                   # a reader that was killed just then
-            raise
-        try:
-            beside.unlink(missing_ok=True)                      # half a file, which would keep the disk full
-        except OSError:
-            pass
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); what was saved before is as it was") from None
-
-
+# ---------------------------------------------------------------- checkpoints of a run
 def save_checkpoint(path, state):
-    """Saves a dict of plain types and tensors; the one before stays as checkpoint.prev.pth."""
+    """Saves a dict of plain types and tensors; the checkpoint before it stays as checkpoint.prev.pth."""
     path = Path(path)
     beside = path.with_name(path.name + ".new")
     write_atomically(beside, dict(state, version=VERSION))
     try:
-        if path.exists():        # between these renames there is only the previous one; resuming finds it
+        if path.exists():        # between the two renames only the previous one exists; resuming finds it
             os.replace(path, path.with_name(path.stem + ".prev" + path.suffix))
         os.replace(beside, path)
     except OSError as error:
@@ -294,205 +66,344 @@ def load_checkpoint(path):
     return state
 
 
-@contextmanager
-def refuse_misfit(args):
-    """For the loading of a checkpoint's parts: what does not fit, in one made by hand, is a UserError."""
+def load_last_checkpoint(out):
+    """The newest readable checkpoint in a run's folder, or None if there is none.
+
+    A damaged checkpoint.pth is moved to checkpoint.damaged.pth once the previous one has been read. If it
+    stayed, the next save would rename it to checkpoint.prev.pth, over the only good file.
+    """
+    last, previous = out / "checkpoint.pth", out / "checkpoint.prev.pth"
+    if not previous.exists():
+        return load_checkpoint(last) if last.exists() else None
+    if last.exists():
+        try:
+            return load_checkpoint(last)
+        except UserError as error:
+            to_stderr(f"warning: {error}; going back to {previous.name}")
+    state = load_checkpoint(previous)
+    if last.exists():
+        try:
+            os.replace(last, out / "checkpoint.damaged.pth")
+        except OSError as error:
+            raise UserError(f"{last}: damaged, and cannot be moved ({error.strerror})") from None
+    return state
+
+
+def write_atomically(path, content):
+    """Writes bytes, or any object by torch.save, beside `path`, flushes them to disk, then renames the file.
+
+    Raises UserError where that fails (a full disk, a missing folder); `path` keeps its old content then.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).strip().splitlines()[-1].strip() or type(error).__name__
-        where = args.output_dir if args.resume == "auto" else args.resume
-        raise UserError(f"{where}: its parts are not those of a run with these flags "
-                        f"({type(error).__name__}: {said[:200]})") from None
+        with open(beside, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)      # only a flushed folder keeps a name in a power cut
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:                    # torch.save turns some into a RuntimeError
+        if "DataLoader worker" in str(error):                   # a worker was killed meanwhile: not our error
+            raise
+        try:
+            beside.unlink(missing_ok=True)                      # half a file would keep the disk full
+        except OSError:
+            pass
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); its previous content is unchanged") from None
 
 
 def is_ours(content):
-    """Whether a file's content is a training checkpoint of this project, its configuration one of flags."""
-    def plain(value):
-        return value is None or isinstance(value, (str, int, float))
-    return (isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("model", "config"))
-            and all(plain(value) or isinstance(value, list) and all(map(plain, value))
-                    for value in content["config"].values()))
+    """Whether a file's content is a checkpoint of this project, with a configuration of plain values."""
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or not isinstance(content.get("model"), dict):
+        return False
+    values = []
+    for value in config.values():
+        values += value if isinstance(value, list) else [value]
+    return all(value is None or isinstance(value, (str, int, float)) for value in values)
 
 
-def load_twist(path):
-    """The network of a training run's checkpoint, the averaged one if it has one, and its configuration."""
+# ---------------------------------------------------------------- the network in a file
+def load_twist(path, key=None):
+    """(Twist, configuration) of a training run's checkpoint.
+
+    key: teacher, the momentum encoder, or student, the trained network; None: teacher if there is one.
+    Raises UserError for a run that had another loss, and so no classes.
+    """
     state = load_checkpoint(path)
-    refuse_classless(state["config"], path)
-    return _build_ours(state["config"], state.get("teacher", state["model"]), path), state["config"]
+    config = state["config"]
+    refuse_classless(config, path)
+    return build_ours(config, state[_choose(state, key, path)], path), config
+
+
+def load_pretrained(path, arch=None, small_images=False, key=None):
+    """(backbone, configuration for data.input_of) of a file, for stages that start from a trained backbone.
+
+    A checkpoint of this project knows its arch; key is as for load_twist. Any other file, a bare backbone
+    included, is read into build_backbone(arch, small_images) by load_backbone(..., key).
+    """
+    return _pretrained(path, arch, small_images, key)[:2]
+
+
+def load_teacher(path, arch=None, head="auto"):
+    """(backbone, name of the head, head, configuration) of SEED's teacher; see load_pretrained, load_head."""
+    backbone, config, place = _pretrained(path, arch, arch_flag="--teacher-arch", key_flag=None)
+    activation = nn.GELU if config["arch"].startswith("vit") else nn.ReLU
+    return backbone, *load_head(path, place, head, activation), config
 
 
 def refuse_classless(config, path):
     """Raises UserError for a network that was trained by an objective without classes."""
     if config.get("loss", "twist") != "twist":
-        raise UserError(f"{path}: holds no classes, as TWIST's network does; its loss was {config['loss']}")
+        raise UserError(f"{path}: holds no classes, because its loss was {config['loss']}, not twist")
 
 
-def _build_ours(config, weights, path):
+def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch", key_flag="--key"):
+    """(backbone, configuration, place of the backbone in the file); the flags are those of the stage."""
+    content, _ = read_file(path)
+    if is_ours(content):
+        config = content["config"]
+        if arch is not None and arch != config.get("arch"):
+            raise UserError(f"{arch_flag} {arch}: {path} holds a {config.get('arch')}; leave {arch_flag} out")
+        name = _choose(content, key, path, key_flag)
+        return build_ours(config, content[name], path).backbone, config, f"{name}.backbone"
+    if arch is None:
+        raise UserError(f"{arch_flag}: {path} is no training checkpoint of this project and does not say "
+                        f"which network it holds; name it by {arch_flag}")
     try:
-        with torch.device("meta"):               # sizes only: a configuration may claim any, and take them
+        backbone = build_backbone(arch, small_images)
+    except ValueError as error:
+        raise UserError(f"{arch_flag}: {error}") from None
+    place = load_backbone(backbone, path, key).place
+    config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
+    return backbone, config, place
+
+
+def _choose(state, key, path, flag="--key"):
+    """'teacher' or 'model', the part of a run's checkpoint that `key` means; says so if it has both."""
+    networks = ["teacher", "student"] if "teacher" in state else ["student"]
+    name = "student" if key == "model" else key or networks[0]
+    if name not in networks:
+        raise UserError(f"{path}: has no '{name}', only {' and '.join(networks)}; choose another --key")
+    if len(networks) == 2:
+        other = "student" if name == "teacher" else "teacher"
+        hint = f"; {flag} {other} takes the other" if flag else ""
+        _say(f"{path}: holds a teacher (the momentum encoder) and a student; the {name} is taken{hint}")
+    return "teacher" if name == "teacher" else "model"
+
+
+def build_ours(config, weights, path, drop_path=0.0):
+    """The network of a run's configuration with these weights. Raises UserError if they do not fit."""
+    try:
+        with torch.device("meta"):       # no memory yet: a hostile configuration may claim any size
             problem = differences(build_network(config).state_dict(), weights)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a network of this project ({str(error).splitlines()[0]})") from None
+        problem = str(error).splitlines()[0]
     if problem:
         raise UserError(f"{path}: not a network of this project ({problem})")
-    network = build_network(config)
+    network = build_network(config, drop_path)
     network.load_state_dict(weights)
     return network
 
 
-# ---------------------------------------------------------------- files of any project
-# What weights, optimizers and settings are pickled as. torch.load's own list is longer; with the rest of it a
-# small file can take any amount of memory (bytearray(10**11), torch.Tensor(10**11), hex of hex of ...).
-ALLOWED = {"collections OrderedDict", "collections Counter", "argparse Namespace", "__builtin__ set",
-           "torch Size", "torch device", "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2",
-           "torch._utils _rebuild_parameter",
-           *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool "
-             "ComplexFloat ComplexDouble".split()),
-           *(f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype))}
-OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"     # its first pickle, a number
+def _say(line):
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
-def read_file(path):
-    """(content, verified) of a file that torch.save wrote, by whatever project; tensors on the CPU.
+# ---------------------------------------------------------------- backbones from files of any project
+COUNTER = "num_batches_tracked"
+# How projects spell the names of our backbones: (pattern, replacement) pairs, applied one after the other.
+SPELLINGS = (
+    (),                                                     # torchvision, timm, DINO
+    ((r"^conv1", "0"), (r"^bn1", "1"),                      # lightly: Sequential(*torchvision's children)
+     ("^layer1", "4"), ("^layer2", "5"), ("^layer3", "6"), ("^layer4", "7")),
+    ((r"^conv1", "0"), (r"^bn1", "1"), ("downsample", "shortcut"),               # lightly's own ResNets
+     ("^layer1", "2"), ("^layer2", "3"), ("^layer3", "4"), ("^layer4", "5")),
+    ((r"^norm\b", "ln1"), (r"^blocks", "layers"), (r"\bnorm([12])", r"ln\1"),    # OpenMMLab's ViT
+     (r"mlp\.fc1", "ffn.layers.0.0"), (r"mlp\.fc2", "ffn.layers.1"), (r"embed\.proj", "embed.projection")),
+)
 
-    Nothing in it is run: weights_only, and of that only what ALLOWED names (published TWIST, DINO and MAE
-    files hold their flags in a Namespace). torch.load verifies no checksum, a flipped bit in a weight would
-    load silently: those of a zip-format file are compared first. Files of torch before 1.6 have none; they
-    are read, but not `verified`. Raises UserError for everything that cannot be read.
+
+class Loaded(NamedTuple):
+    """What load_backbone did."""
+    place: str                   # dotted path before the backbone's names in the file; empty: top level
+    others: list                 # places of other networks in the file that would have fitted
+    loaded: int                  # number of tensors
+    left_over: list              # names of all other tensors in the file
+    missing: list                # the backbone's names that keep their value
+    verified: bool               # whether the file has checksums
+
+
+class _Place(NamedTuple):
+    """A prefix in the file behind which names of the backbone stand."""
+    prefix: str                  # dotted path; empty: top level
+    count: int                   # how many of the backbone's names
+    names: dict                  # our name -> full name in the file, of the tensors that fit
+    problem: str                 # why it is not the whole network; empty: it is
+
+
+def load_backbone(backbone, path, key=None, partial=False):
+    """Loads a backbone of build_backbone from a file of any project, prints what it did, returns a Loaded.
+
+    A place is a prefix in the file's nested dicts (`module.`, `state_dict` and `module.encoder_q.`, ...) with
+    the backbone's names behind it, in one of SPELLINGS. It fits if every tensor has its shape and the same
+    layers hold nothing else. Of several that fit, _preference decides, or key: a place or a word of it.
+    All num_batches_tracked may be missing, because evaluation does not read them.
+    partial: load what fits from the place with most names, and report the rest.
+    Raises UserError that names the tensors that do not fit, or the networks that it cannot choose between.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        with open(path, "rb") as file:           # once: what was checked is what is loaded, whoever writes
-            verified = file.read(4) == b"PK\3\4"        # by these torch.load, too, tells the formats apart
-            found = _check_records(file) if verified else _check_old(file)
-            foreign = sorted(name.replace(" ", ".") for name in found - ALLOWED)
-            if foreign:
-                raise UserError(f"{path}: holds objects beside weights, which could run code and are not "
-                                f"read: {_first(foreign, 9)}; save the state dict alone in the project that "
-                                "wrote it, by torch.save(model.state_dict(), FILE)")
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-        stored = {}
-        for name, tensor in _tensors(content).items():   # a stride of 0 makes 10^12 weights of one number
-            storage = tensor.untyped_storage()
-            stored[storage.data_ptr()] = storage.nbytes()
-            if tensor.numel() * tensor.element_size() > storage.nbytes():
-                raise ValueError(f"{name} claims more bytes than are stored")
-        if sum(stored.values()) > size:
-            raise ValueError("claims more bytes than the file has")
-    except UserError:
-        raise
-    except Exception as error:   # whatever a damaged file makes zipfile or the unpickler raise
-        said = re.findall(r"WeightsUnpickler error:\s*(.+)", str(error)) or str(error).strip().splitlines()
-        raise UserError(f"{path}: not a readable checkpoint "
-                        f"({said[0] if said else type(error).__name__})") from None
-    return content, verified
+    content, verified = read_file(path)
+    tensors = _tensors(content) if isinstance(content, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no state dict, but a {type(content).__name__} without named tensors")
+    expected = backbone.state_dict()
+    places = _find_places(expected, tensors, key)
+    if not places:
+        raise UserError(f"{path}: holds none of the network's names{f' under {key}' if key else ''}; it has "
+                        f"{_first(tensors, 3)}, the network {_first(expected, 3)}")
+    fitting = [place for place in places if not place.problem]
+    if not fitting and not partial:
+        raise UserError(f"{path}: is not this network ({places[0].problem}), looked for in "
+                        f"{places[0].prefix or 'its top level'}")
+    fitting.sort(key=lambda place: (place.prefix != key, _preference(place.prefix), place.prefix.count(".")))
+    best, *others = fitting or places[:1]
+    if best.prefix != key:
+        _refuse_ambiguous(best, others, tensors, path)
+    from_moco3 = re.search("base_encoder|momentum_encoder", best.prefix)
+    if from_moco3 and len(expected.get("norm.weight", ())) == 384:
+        raise UserError(f"{path}: MoCo v3's ViT-S has 12 heads, vit_s 6: another network of these shapes")
+
+    backbone.load_state_dict(expected | {ours: tensors[theirs] for ours, theirs in best.names.items()})
+    used = set(best.names.values())
+    left_over = [name for name in tensors if name not in used]
+    missing = [name for name in expected if name not in best.names]
+    report = Loaded(best.prefix, [place.prefix for place in others], len(used), left_over, missing, verified)
+    _say(describe(report, path))
+    return report
 
 
-def _check_records(file):
-    """Names of the types in a zip-format file. Raises ValueError unless its checksums are right.
+def describe(report, path):
+    """A Loaded in one line, or two: what was loaded and from where, and what was left over."""
+    line = f"{path}: {report.loaded} tensors loaded from {report.place or 'its top level'}"
+    if report.others:
+        line += f", rather than {', '.join(report.others)}"
+    place = report.place.split(".") if report.place else []
+    groups = Counter()           # `state_dict.module.fc.0.weight` counts for `state_dict.module.fc`
+    for name in report.left_over:
+        words = name.split(".")
+        shared = len(os.path.commonprefix([words, place]))
+        groups[".".join(words[:shared + 1])] += 1
+    counts = [f"{group} ({count})" for group, count in groups.items()]
+    line += f"; left over: {_first(counts or ['nothing'], 8)}"
+    if report.missing:
+        line += f"; not in the file, kept as they were: {_first(report.missing, 3)}"
+    if not report.verified:
+        line += f"\nwarning: {path} is in PyTorch's old format, without checksums: damage would go unseen"
+    return line
 
-    zipfile reads it here and torch's own code later, so a file that the two could understand differently is
-    refused: one central directory, right before the end, no two records of a name, whatever its case.
+
+def _preference(place):
+    """Of several networks in a file the lowest is taken: the one that its project itself evaluates."""
+    if place.startswith("teacher"):
+        return 0                 # a dict beside the student's: the moving average of DINO, TWIST, and ours
+    if "teacher_" in place:
+        return 2                 # the same as a submodule: lightly's DINO
+    if re.search("student|online", place):
+        return 3                 # SEED's student; there `teacher` (4) is another network
+    if re.search(r"teacher|momentum|target|encoder_k|(^|[._])ema([._]|$)", place):
+        return 4
+    return 1                     # backbone, encoder, encoder_q (MoCo), base_encoder (MoCo v3), or no name
+
+
+def _refuse_ambiguous(best, others, tensors, path):
+    """Raises UserError if a place as good as `best` holds other weights."""
+    for other in others:
+        if _preference(other.prefix) == _preference(best.prefix):
+            for name in best.names.keys() & other.names.keys():
+                if not torch.equal(tensors[best.names[name]], tensors[other.names[name]]):
+                    raise UserError(f"{path}: holds several networks that fit, {best.prefix} and "
+                                    f"{other.prefix}; save the state dict of one of them alone")
+
+
+def _find_places(expected, tensors, key):
+    """The places among `tensors` (full name -> tensor) that may hold the state dict `expected`.
+
+    Those with most names come first. key: only places with these words in their path.
     """
-    if not zipfile.is_zipfile(file):
-        raise ValueError("not a zip-format PyTorch file, or cut short")
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        size = file.seek(0, os.SEEK_END)
-        file.seek(-98, os.SEEK_END)              # zip64's end record 56, where that is 20, the end record 22
-        tail = file.read()
-        zip64 = tail[56:60] == b"PK\6\7"
-        directory, = struct.unpack("<Q", tail[48:56]) if zip64 else struct.unpack("<I", tail[92:96])
-        if (tail[76:80] != b"PK\5\6" or tail[96:] != b"\0\0" or directory != archive.start_dir or
-                zip64 and struct.unpack("<Q", tail[64:72]) != (size - 98,)):
-            raise ValueError("has bytes before or after what it says that it holds")
-        if (len({record.filename.lower() for record in records}) < len(records) or
-                any(record.filename != record.orig_filename for record in records)):
-            raise ValueError("has two records of one name")
-        if any(record.external_attr & 16 or          # a folder: torch leaves its memory as it happens to be
-               record.extra and len(record.extra) != 4 + int.from_bytes(record.extra[2:4], "little")
-               for record in records):
-            raise ValueError("has records that another program than PyTorch wrote")
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("has compressed records")
-        if (any(record.compress_size != record.file_size for record in records) or
-                sum(record.file_size for record in records) > size):
-            raise ValueError("claims more bytes than the file has")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        pickles = [record for record in records if record.filename.lower().endswith(".pkl")]
-        return set().union(*(_globals(archive.read(record)) for record in pickles))
+    places = []
+    for spelling in SPELLINGS:
+        our_names = {_spell(name, spelling): name for name in expected}           # their name -> ours
+        if spelling and our_names.keys() == expected.keys():
+            continue                                        # it changes no name of this network
+        for prefix, count in _candidates(our_names, tensors, key).items():
+            places.append(_compare(prefix, count, our_names, expected, tensors))
+    return sorted(places, key=lambda place: -place.count)
 
 
-def _check_old(file):
-    """Names of the types in a file of torch before 1.6: five pickles, of which the fourth is the content."""
-    file.seek(0)
-    is_old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
-    file.seek(0)
-    if not is_old or tarfile.is_tarfile(file):   # torch.load tries tar, torch's format before 0.1.11, first
-        raise ValueError("not a PyTorch file, or cut short")
-    file.seek(0)
-    return set().union(*(_globals(file) for _ in range(5)))
+def _spell(name, spelling):
+    for pattern, replacement in spelling:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def _globals(pickled):
-    """{'module name'} of all that a pickle, bytes or the next of a file, wants to call or make. Runs nothing.
-
-    Raises ValueError for more parts than any network has: some of one byte take hundreds in memory, and to
-    hash tuples within tuples takes a stack that 100,000 of them exceed.
-    """
-    found, ops = set(), Counter()
-    for op, value, _ in pickletools.genops(pickled):
-        ops["TUPLE" if op.name.startswith("TUPLE") else "all"] += 1
-        if ops["TUPLE"] > 50_000 or ops["all"] > 2_000_000:
-            raise ValueError("has more parts than a network's file")
-        if op.name == "GLOBAL":
-            found.add(value)
-        elif op.name == "PROTO" and value != 2:
-            raise ValueError(f"is pickled by protocol {value}, not by torch.save's 2")
-    return found
+def _candidates(our_names, tensors, key):
+    """{prefix: number of the network's names behind it} of the prefixes that may hold the whole network."""
+    counts = Counter()
+    for full_name in tensors:
+        words = full_name.split(".")
+        for i in range(len(words)):
+            if ".".join(words[i:]) in our_names:
+                counts[".".join(words[:i])] += 1
+    if key:
+        counts = {prefix: count for prefix, count in counts.items() if f".{key}." in f".{prefix}."}
+    # A block has names like those of a network (conv1, bn1), so prefixes with few names are left out.
+    needed = sum(not name.endswith(COUNTER) for name in our_names)
+    enough = min(needed, max(counts.values(), default=0))
+    return {prefix: count for prefix, count in counts.items() if count >= enough}
 
 
-def _tensors(content):
-    """{dotted path: tensor} of nested dicts and lists, without torch.compile's `_orig_mod`."""
-    tensors, todo, seen = {}, [((), content)], set()
-    while todo:
-        path, part = todo.pop()
-        if isinstance(part, torch.Tensor):
-            tensors[".".join(path)] = part
-        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
-            if len(path) > 1000:
-                raise ValueError("is nested too deeply")
-            seen.add(id(part))                              # a pickle may hold itself
-            # an OrderedDict of a file may have an attribute `items` of its own
-            items = dict.items(part) if isinstance(part, dict) else enumerate(part)
-            inner = [(path + tuple(w for w in str(k).split(".") if w != "_orig_mod"), v) for k, v in items]
-            todo += reversed(inner)
-    return tensors
+def _compare(prefix, count, our_names, expected, tensors):
+    """The _Place at a prefix."""
+    start = prefix + "." if prefix else ""
+    layers = {name.split(".")[0] for name in our_names}
+    full_names, found = {}, {}                              # by our name, or theirs where we have none
+    for full_name, tensor in tensors.items():
+        name = full_name[len(start):]
+        is_classifier = re.match(r"classifier\.[1-9]", name)          # of a MobileNet: no part of a backbone
+        if full_name.startswith(start) and name.split(".")[0] in layers and not is_classifier:
+            full_names[our_names.get(name, name)] = full_name
+            found[our_names.get(name, name)] = tensor
+    fitting = {name: full_name for name, full_name in full_names.items() if name in expected
+               and not differences({name: expected[name]}, {name: found[name]})}
+    counters = {name: value for name, value in expected.items() if name.endswith(COUNTER)}
+    if not counters.keys() & found.keys():                  # all missing: allowed
+        found |= counters
+    return _Place(prefix, count, fitting, differences(expected, found))
 
 
 def differences(expected, found):
-    """What keeps the state dict `found` from being loaded into `expected`, in words; empty if nothing."""
-    problems = {"missing": [name for name in expected if name not in found],
-                "unexpected": [name for name in found if name not in expected],
-                "misshapen": []}
+    """Why the state dict `found` does not load into `expected`, in words; empty if it does."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = []
     for name, tensor in expected.items():
         value = found.get(name, tensor)
         if not isinstance(value, torch.Tensor):
-            problems["misshapen"].append(f"{name} is no tensor")
+            misshapen.append(f"{name} is no tensor")
         elif value.shape != tensor.shape:
-            problems["misshapen"].append(f"{name} is {list(value.shape)}, not {list(tensor.shape)}")
+            misshapen.append(f"{name} is {list(value.shape)}, not {list(tensor.shape)}")
         elif value.is_floating_point() != tensor.is_floating_point():
-            problems["misshapen"].append(f"{name} is {value.dtype}, not {tensor.dtype}")
+            misshapen.append(f"{name} is {value.dtype}, not {tensor.dtype}")
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     return "; ".join(f"{kind}: {_first(names, 3)}" for kind, names in problems.items() if names)
 
 
@@ -502,206 +413,32 @@ def _first(names, count):
     return ", ".join(names[:count]) + more
 
 
-# How others spell the names of our backbones: (pattern, replacement), one after the other.
-SPELLINGS = (
-    (),                                                     # torchvision's, timm's, DINO's
-    ((r"^conv1", "0"), (r"^bn1", "1"),                      # lightly: Sequential(*torchvision's children)
-     (r"^layer(\d)", lambda m: str(int(m[1]) + 3))),
-    ((r"^conv1", "0"), (r"^bn1", "1"), ("downsample", "shortcut"),     # the same of lightly's own ResNets
-     (r"^layer(\d)", lambda m: str(int(m[1]) + 1))),
-    ((r"^norm\b", "ln1"), (r"^blocks", "layers"), (r"\bnorm([12])", r"ln\1"),        # OpenMMLab's ViT
-     (r"mlp\.fc1", "ffn.layers.0.0"), (r"mlp\.fc2", "ffn.layers.1"), (r"embed\.proj", "embed.projection")),
-)
-
-
-def _rank(place):
-    """Of several networks in one file the least is taken: the one that its project itself evaluates."""
-    if place.startswith("teacher"):
-        return 0                 # a dict beside the student's: the moving average of DINO, of TWIST, and ours
-    if "teacher_" in place:
-        return 2                 # the same as a module of the whole: lightly's DINO
-    if re.search("student|online", place):
-        return 3                 # what is left of SEED, whose teacher is another network
-    if re.search(r"teacher|momentum|target|encoder_k|(^|[._])ema([._]|$)", place):
-        return 4
-    return 1                     # backbone, encoder, encoder_q (MoCo), base_encoder (MoCo v3), or no name
-
-
-class Loaded(NamedTuple):
-    """Where the weights stood, how many tensors were loaded, what else the file and the backbone have."""
-    place: str                   # dotted path in the file before the backbone's names; empty: top level
-    others: list                 # places of other networks in the file that would have fitted, too
-    loaded: int
-    left_over: list              # names of all other tensors in the file
-    missing: list                # the backbone's names that keep their value
-    verified: bool               # whether the file has checksums
-
-
-def load_backbone(backbone, path, key=None, partial=False):
-    """Loads a backbone of build_backbone from a file of any project; says in a line what; returns a Loaded.
-
-    Wherever in the file's nested dicts the backbone's names stand together, behind one prefix (`module.`,
-    `state_dict` and `module.encoder_q.`, ...) and in one of SPELLINGS, with every shape and nothing else in
-    the same layers, is a network that fits. Of several the first by _rank is taken; key, its path or a word
-    of it (`student`), chooses another. num_batches_tracked may be missing throughout, as evaluation reads
-    none; they are reported. partial: of the place that has most, load what fits, and report the rest.
-    Raises UserError that names the tensors in the way, or networks between which nothing decides.
-    """
-    content, verified = read_file(path)
-    tensors = _tensors(content) if isinstance(content, dict) else {}
-    if not tensors:
-        raise UserError(f"{path}: holds no state dict, but a {type(content).__name__} without named tensors")
-    expected = backbone.state_dict()
-    places = _places(expected, tensors, key)
-    if not places:
-        raise UserError(f"{path}: holds none of the network's names{f' under {key}' if key else ''}; it has "
-                        f"{_first(tensors, 3)}, the network {_first(expected, 3)}")
-    fitting = sorted((place for place in places if not place.problem),
-                     key=lambda place: (place.name != key, _rank(place.name), place.name.count(".")))
-    if not fitting and not partial:
-        raise UserError(f"{path}: is not this network ({places[0].problem}), looked for in "
-                        f"{places[0].name or 'its top level'}")
-    best, *others = fitting or places[:1]
-    for other in others:
-        if best.name != key and _rank(other.name) == _rank(best.name) and not all(
-                torch.equal(tensors[best.names[name]], tensors[other.names[name]])
-                for name in best.names.keys() & other.names.keys()):
-            raise UserError(f"{path}: holds several networks that fit, {best.name} and {other.name}; "
-                            "save the state dict of one of them alone")
-    if re.search("base_encoder|momentum_encoder", best.name) and len(expected.get("norm.weight", ())) == 384:
-        raise UserError(f"{path}: MoCo v3's ViT-S has 12 heads, vit_s 6: another network of these shapes")
-
-    backbone.load_state_dict(expected | {name: tensors[there] for name, there in best.names.items()})
-    used = set(best.names.values())
-    report = Loaded(best.name, [other.name for other in others], len(used),
-                    [name for name in tensors if name not in used],
-                    [name for name in expected if name not in best.names], verified)
-    if os.environ.get("RANK", "0") == "0":
-        print(describe(report, path))
-    return report
-
-
-class _Place(NamedTuple):
-    name: str                    # dotted path before the backbone's names
-    names: dict                  # of the backbone's tensors that fit: our name -> name in the file
-    problem: str                 # why it is not the whole network; empty: it is
-
-
-def _places(expected, tensors, key):
-    """Where names of the state dict `expected` stand among `tensors`, most of them first."""
-    counters = [name for name in expected if name.endswith("num_batches_tracked")]
-    places = []
-    for spelling in SPELLINGS:
-        ours = {}                                           # their name -> our name
-        for name in expected:
-            spelled = name
-            for pattern, replacement in spelling:
-                spelled = re.sub(pattern, replacement, spelled)
-            ours[spelled] = name
-        if spelling and ours.keys() == expected.keys():     # does not concern this network
-            continue
-        layers = {name.split(".")[0] for name in ours}
-        counts = Counter()
-        for name in tensors:
-            words = name.split(".")
-            counts.update(".".join(words[:i]) for i in range(len(words)) if ".".join(words[i:]) in ours)
-        counts = {place: n for place, n in counts.items() if not key or f".{key}." in f".{place}."}
-        for place, count in counts.items():
-            if count < max(counts.values()) and count < len(expected) - len(counters):
-                continue                                    # a block within a network, whose names are alike
-            start = place + "." if place else ""
-            inside = {name[len(start):]: name for name in tensors if name.startswith(start)}
-            state = {ours.get(n, n): name for n, name in inside.items() if n.split(".")[0] in layers
-                     and not re.match(r"classifier\.[1-9]", n)}        # a MobileNet's last layer
-            found = {name: tensors[there] for name, there in state.items()}
-            if not any(name in found for name in counters):
-                found.update((name, expected[name]) for name in counters)
-            names = {n: there for n, there in state.items()
-                     if n in expected and not differences({n: expected[n]}, {n: tensors[there]})}
-            places.append((count, _Place(place, names, differences(expected, found))))
-    return [place for _, place in sorted(places, key=lambda pair: -pair[0])]
-
-
-def describe(report, path):
-    """One line, or two, for a Loaded: what was loaded, chosen before what, and what was left over."""
-    def group(name):             # `state_dict.module.fc.0.weight` is counted under `state_dict.module.fc`
-        words, place = name.split("."), report.place.split(".")
-        same = next((i for i, (a, b) in enumerate(zip(words, place, strict=False)) if a != b), len(place))
-        return ".".join(words[:(same if report.place else 0) + 1])
-    line = f"{path}: {report.loaded} tensors loaded from {report.place or 'its top level'}"
-    if report.others:
-        line += f", rather than {', '.join(report.others)}"
-    groups = Counter(map(group, report.left_over))
-    line += "; left over: " + _first([f"{n} ({count})" for n, count in groups.items()] or ["nothing"], 8)
-    if report.missing:
-        line += f"; not in the file, kept as they were: {_first(report.missing, 3)}"
-    if not report.verified:
-        line += f"\nwarning: {path} is in PyTorch's old format, without checksums: damage would go unseen"
-    return line
-
-
-def load_pretrained(path, arch=None, small_images=False, key=None):
-    """(backbone, configuration for data.input_of) of a checkpoint file, for stages that start from one.
-
-    Of this project's training checkpoints the network of their own configuration: the averaged one
-    (`teacher`) where there is one, else, or with key "model", the trained one. Of other files, bare
-    backbones among them, build_backbone(arch, small_images) by load_backbone; their input is data.PICTURES.
-    """
-    return _pretrained(path, arch, small_images, key)[:2]
-
-
-def load_teacher(path, arch=None, head="auto"):
-    """(backbone, name of the head, head, configuration) of SEED's teacher: load_pretrained and load_head."""
-    backbone, config, place = _pretrained(path, arch, flag="--teacher-arch")
-    act = nn.GELU if config["arch"].startswith("vit") else nn.ReLU
-    return backbone, *load_head(path, place, head, act), config
-
-
-def _pretrained(path, arch=None, small_images=False, key=None, flag="--arch"):
-    """What load_pretrained gives, and the place of the backbone in the file; flag: what sets arch."""
-    content, _ = read_file(path)
-    if is_ours(content):
-        config = content["config"]
-        if arch is not None and arch != config.get("arch"):
-            raise UserError(f"{flag} {arch}: {path} holds a {config.get('arch')}; leave {flag} out")
-        name = key or ("teacher" if "teacher" in content else "model")
-        if name not in ("model", "teacher") or name not in content:
-            raise UserError(f"{path}: has no '{name}'")
-        return _build_ours(config, content[name], path).backbone, config, f"{name}.backbone"
-    if arch is None:
-        raise UserError(f"{flag}: {path} is no training checkpoint of this project and does not say which "
-                        f"network it holds; name it by {flag}")
-    try:
-        backbone = build_backbone(arch, small_images)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from None
-    place = load_backbone(backbone, path, key).place
-    config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
-    return backbone, config, place
-
-
-# Where projection heads stand, beside a backbone or in it: of TWIST, SwAV, Barlow Twins, MoCo and SimCLR
+# ---------------------------------------------------------------- projection heads from files of any project
+# Names beside the backbone's place, or in it: of TWIST, SwAV, Barlow Twins, MoCo and SimCLR
 HEADS = ("projection_heads.projection_head", "projection_head", "projector", "fc")
 
 
 def load_head(path, place, name="auto", act=nn.ReLU):
     """(name, nn.Sequential) of the projection head that belongs to the backbone at `place` in a file.
 
-    name: one of HEADS or any other; auto: the first of HEADS with several linear layers, as one alone may be
-    a classifier; none, or nothing found by auto: the identity. The layers are told by their tensors: linear
-    ones by a matrix, batch norms by running statistics; between them, before every further linear layer,
-    stands an activation, and of TWIST's head, whose hidden output is meant, after the last batch norm, too.
-    Raises UserError if what stands there is something else.
+    name: one of HEADS or any other. auto: the first of HEADS with several linear layers; a lone one may be a
+    classifier. none, or auto without success: the identity.
+    Linear layers are recognised by a matrix, batch norms by running statistics. An activation stands before
+    every linear layer but the first. TWIST's head, of which the hidden output is taken, ends in one as well.
+    Raises UserError if the layers are of another kind.
     """
     tensors, parent = _tensors(read_file(path)[0]), place.rpartition(".")[0]
     for candidate in {"auto": HEADS, "none": ()}.get(name, (name,)):
-        for start in (place, parent):
-            start = ".".join(filter(None, (start, candidate))) + "."
-            found = {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
-            found = {n if "." in n else f"0.{n}": tensor for n, tensor in found.items()}      # a lone layer
-            matrices = sum(n.endswith("weight") and tensor.dim() == 2 for n, tensor in found.items())
+        for above in (place, parent):
+            start = f"{above}.{candidate}" if above else candidate
+            found = {}
+            for full_name, tensor in tensors.items():
+                if full_name.startswith(start + "."):
+                    inner = full_name[len(start) + 1:]
+                    found[inner if "." in inner else f"0.{inner}"] = tensor      # a lone layer has no number
+            matrices = sum(inner.endswith("weight") and value.dim() == 2 for inner, value in found.items())
             if matrices >= (2 if name == "auto" else 1):
-                head = _build_head(found, act, f"{path}: {start[:-1]}")
+                head = _build_head(found, act, f"{path}: {start}")
                 return candidate, head.append(act()) if candidate == HEADS[0] else head
     if name not in ("auto", "none"):
         raise UserError(f"--teacher-head {name}: {path} has no linear layers of that name beside "
@@ -712,10 +449,12 @@ def load_head(path, place, name="auto", act=nn.ReLU):
 def _build_head(tensors, act, where):
     """nn.Sequential of linear layers, batch norms and activations, from {'0.weight': tensor, ...}."""
     try:
+        states = {}                                         # number of the layer -> its state dict
+        for name, tensor in tensors.items():
+            number, name = name.split(".")[:2]
+            states.setdefault(int(number), {})[name] = tensor
         head = nn.Sequential()
-        for index in sorted({int(name.split(".")[0]) for name in tensors}):
-            state = {name.split(".")[1]: tensor for name, tensor in tensors.items()
-                     if name.startswith(f"{index}.")}
+        for _, state in sorted(states.items()):
             if "running_var" in state:
                 layer = nn.BatchNorm1d(len(state["running_var"]), affine="weight" in state)
             else:
@@ -730,25 +469,164 @@ def _build_head(tensors, act, where):
                         f"({str(error).splitlines()[0]})") from None
 
 
-def load_last_checkpoint(out):
-    """The newest readable checkpoint of a run's folder, or None if it has none.
+# ---------------------------------------------------------------- damaged and hostile files
+# The types that weights, optimizers and settings are pickled as. torch.load allows more by itself, and with
+# those a small file can take any amount of memory: bytearray(10**11), torch.Tensor(10**11).
+ALLOWED = {"collections OrderedDict", "collections Counter", "argparse Namespace", "__builtin__ set",
+           "torch Size", "torch device", "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2",
+           "torch._utils _rebuild_parameter"}
+ALLOWED |= {f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool "
+            "ComplexFloat ComplexDouble".split()}
+ALLOWED |= {f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+ZIP_FORMAT = b"PK\3\4"                                                      # the first bytes of a file
+OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"    # before 1.6: a pickled number
+FOLDER = 16                      # an attribute of a zip record; torch returns uninitialised memory for one
+# The last 98 bytes of a zip file of PyTorch, and what we read of them:
+END_OF_ZIP = struct.Struct("<48xQ"              # zip64's end record: offset of the central directory
+                           "4s4xQ4x"            # zip64's locator: signature, offset of zip64's end record
+                           "4s12xIH")           # end record: signature, offset of the directory, comment
 
-    If that is the previous one, the damaged one is moved to checkpoint.damaged.pth: where it is, the next
-    save would put it in the place of the only good one.
+
+def read_file(path):
+    """(content, verified) of a file that torch.save wrote, by whatever project; tensors on the CPU.
+
+    Nothing in it is run: weights_only, and of that only the types in ALLOWED (published TWIST, DINO and MAE
+    files hold their flags in a Namespace). torch.load verifies no checksum and would load a flipped bit
+    silently, so the checksums are compared first. Files of PyTorch before 1.6 have none: they are not
+    `verified`. Raises UserError for everything that cannot be read.
     """
-    paths = [path for path in (out / "checkpoint.pth", out / "checkpoint.prev.pth") if path.exists()]
-    for i, path in enumerate(paths):
-        try:
-            state = load_checkpoint(path)
-        except UserError as error:
-            if i + 1 == len(paths):
-                raise
-            to_stderr(f"warning: {error}; going back to {paths[i + 1].name}")
-            continue
-        if i > 0:
-            try:
-                os.replace(paths[0], out / "checkpoint.damaged.pth")
-            except OSError as error:
-                raise UserError(f"{paths[0]}: damaged, and cannot be moved ({error.strerror})") from None
-        return state
-    return None
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with open(path, "rb") as file:           # opened once, so that what was checked is what is loaded
+            verified = file.read(4) == ZIP_FORMAT        # torch.load looks at the same bytes
+            types = _check_zip(file) if verified else _check_old(file)
+            foreign = sorted(name.replace(" ", ".") for name in types - ALLOWED)
+            if foreign:
+                raise UserError(f"{path}: holds other objects beside weights, which could run code and are "
+                                f"not read: {_first(foreign, 9)}; save the state dict alone in the project "
+                                "that wrote it: torch.save(model.state_dict(), FILE)")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        _check_sizes(content, size)
+    except UserError:
+        raise
+    except Exception as error:   # a damaged file makes zipfile and the unpickler raise errors of any type
+        said = re.findall(r"WeightsUnpickler error:\s*(.+)", str(error)) or str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    return content, verified
+
+
+def _check_zip(file):
+    """The names of the types in a zip-format file. Raises ValueError unless its checksums are right.
+
+    zipfile checks the file here and torch's own code loads it later, so a file that the two could understand
+    differently is refused.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < END_OF_ZIP.size or not zipfile.is_zipfile(file):
+        raise ValueError("not a zip-format PyTorch file, or cut short")
+    with zipfile.ZipFile(file) as archive:
+        _check_directory(file, size, archive.start_dir)
+        _check_records(archive.infolist(), size)
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"checksum of {damaged} is wrong")
+        types = set()
+        for record in archive.infolist():
+            if record.filename.lower().endswith(".pkl"):
+                types |= _types_in(archive.read(record))
+    return types
+
+
+def _check_directory(file, size, directory_of_zipfile):
+    """Raises ValueError unless there is one central directory, right before the end of the file."""
+    file.seek(size - END_OF_ZIP.size)
+    zip64_directory, locator, zip64_end, end, directory, comment = END_OF_ZIP.unpack(file.read())
+    if locator == b"PK\6\7":     # other writers leave zip64's two records out
+        directory = zip64_directory if zip64_end == size - END_OF_ZIP.size else None
+    if end != b"PK\5\6" or comment or directory != directory_of_zipfile:
+        raise ValueError("has bytes before or after its zip archive")
+
+
+def _check_records(records, size):
+    """Raises ValueError unless the records are as torch.save writes them: stored, each name once."""
+    if len({record.filename.lower() for record in records}) < len(records):
+        raise ValueError("has two records of one name")
+    for record in records:
+        if record.filename != record.orig_filename:          # zipfile cuts a name at a zero byte
+            raise ValueError("has two records of one name")
+        one_field = 4 + int.from_bytes(record.extra[2:4], "little") if record.extra else 0
+        if record.external_attr & FOLDER or len(record.extra) != one_field:
+            raise ValueError("has records that another program than PyTorch wrote")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("has compressed records")
+        if record.compress_size != record.file_size:
+            raise ValueError("claims more bytes than the file has")
+    if sum(record.file_size for record in records) > size:
+        raise ValueError("claims more bytes than the file has")
+
+
+def _check_old(file):
+    """The names of the types in a file of PyTorch before 1.6: five pickles, the fourth is the content."""
+    file.seek(0)
+    is_old = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+    file.seek(0)
+    if not is_old or tarfile.is_tarfile(file):   # torch.load tries tar, its format before 0.1.11, first
+        raise ValueError("not a PyTorch file, or cut short")
+    file.seek(0)
+    return set().union(*(_types_in(file) for _ in range(5)))
+
+
+def _types_in(pickled):
+    """{'module name'} of all types and functions that a pickle asks for; pickled: bytes, or a file at one.
+
+    Runs nothing. Raises ValueError for more parts than any network has: one byte can stand for hundreds in
+    memory, and hashing 100,000 nested tuples overflows the stack.
+    """
+    types, parts, tuples = set(), 0, 0
+    for opcode, value, _ in pickletools.genops(pickled):
+        parts += 1
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > 50_000 or parts > 2_000_000:
+            raise ValueError("has more parts than a network's file")
+        if opcode.name == "GLOBAL":
+            types.add(value)
+        elif opcode.name == "PROTO" and value != 2:
+            raise ValueError(f"is pickled by protocol {value}, not by torch.save's 2")
+    return types
+
+
+def _check_sizes(content, size):
+    """Raises ValueError for tensors larger than what is stored: a stride of 0 makes 10^12 weights of one."""
+    stored = {}                                             # address -> bytes; tensors may share a storage
+    for name, tensor in _tensors(content).items():
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise ValueError(f"{name} claims more bytes than are stored")
+    if sum(stored.values()) > size:
+        raise ValueError("claims more bytes than the file has")
+
+
+def _tensors(content):
+    """{dotted path: tensor} of nested dicts and lists, without torch.compile's `_orig_mod`."""
+    tensors, todo, seen = {}, [((), content)], set()
+    while todo:
+        path, part = todo.pop()
+        if isinstance(part, torch.Tensor):
+            tensors[".".join(path)] = part
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            if len(path) > 1000:
+                raise ValueError("is nested too deeply")
+            seen.add(id(part))                              # a pickle may contain itself
+            # not part.items(): a hostile OrderedDict may bring an attribute of that name
+            items = dict.items(part) if isinstance(part, dict) else enumerate(part)
+            for key, value in reversed(list(items)):        # popped from the end, so in the file's order
+                words = [word for word in str(key).split(".") if word != "_orig_mod"]
+                todo.append(((*path, *words), value))
+    return tensors

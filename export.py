@@ -1,13 +1,15 @@
-"""Export: a trained backbone as a file that torchvision, timm, DINO or detectron2 read.
+"""Export: a trained backbone as a file that torchvision, timm, DINO or detectron2 reads.
 
     python export.py --checkpoint runs/pretrain/checkpoint.pth --format torchvision --output backbone.pth
     python export.py --checkpoint twist.pth --arch resnet50 --format detectron2 --output twist.pkl
 
-One process on the CPU. The names in the file are those of the other project, which needs nothing of this one:
+The other project needs nothing of this one, because the file has that project's names:
 
-    torchvision   ResNets: torchvision.models.resnet18() takes all but its classifier fc
-    timm          ViTs and ResNets: timm's models with num_classes=0 take all, and DINO's
-    detectron2    ResNets: a pickle of numpy arrays for MODEL.WEIGHTS; with INPUT.FORMAT "RGB"
+    torchvision   ResNets: torchvision.models.resnet18() loads all but its classifier fc
+    timm          ViTs and ResNets: timm's models with num_classes=0, and DINO's, load all of it
+    detectron2    ResNets: a pickle of numpy arrays for MODEL.WEIGHTS; set INPUT.FORMAT to "RGB"
+
+One process on the CPU, a second or two. Nothing is converted but names, so accuracy stays as it is.
 """
 
 import argparse
@@ -15,21 +17,26 @@ import pickle
 import re
 from pathlib import Path
 
-from checkpoint import UserError, load_pretrained, run, write_atomically
+from checkpoint import UserError, load_pretrained, write_atomically
 from data import input_of
 from model import ARCHS
+from run import HelpFormatter, launch
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--arch", choices=ARCHS, help="backbone")
-    add("--small-images", action="store_true", help="3×3 stem without stride and max-pool, for 32 pixels")
-    add("--key", help="of several networks in a file the one below this name, such as student")
-    add("--format", required=True, choices=("torchvision", "timm", "detectron2"), help="whose names to use")
-    add("--output", required=True, help="file to write; it must not exist")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("network").add_argument
+    add("--checkpoint", required=True,
+        help="checkpoint of a run; with --arch also a file of weights from another project")
+    add("--arch", choices=ARCHS, help="backbone in a file that is not a checkpoint of this project")
+    add("--small-images", action="store_true",
+        help="the --arch has a ResNet stem for images of 32 pixels: 3×3, stride 1, no max-pool")
+    add("--key", help="network of a run with --ema: teacher, the default, or student; in a file of another "
+        "project: the name that the network stands under")
+    add = parser.add_argument_group("file").add_argument
+    add("--format", required=True, choices=("torchvision", "timm", "detectron2"),
+        help="project whose names the tensors get")
+    add("--output", required=True, help="file to write; it must not exist yet")
     return parser
 
 
@@ -42,7 +49,7 @@ def detectron2_name(name):
 
 
 def main(args):
-    # ------------------------------------------------------------------ model
+    # ---------------------------------------------------------------- model
     output = Path(args.output)
     if output.exists():
         raise UserError(f"--output {output}: exists already; choose another name or remove it")
@@ -50,22 +57,24 @@ def main(args):
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
     arch, state = config["arch"], dict(backbone.state_dict())
-    its_own = "timm" if arch.startswith("vit") else "torchvision"
-    if not arch.startswith("resnet") and args.format != its_own:
-        raise UserError(f"--format {args.format}: has no {arch}, or by other names; --format {its_own} has")
+    own_format = "timm" if arch.startswith("vit") else "torchvision"
+    if not arch.startswith("resnet") and args.format != own_format:      # timm's MobileNet has other names
+        raise UserError(f"--format {args.format}: has no {arch}, or with other names; "
+                        f"use --format {own_format}")
     if args.format == "detectron2" and state["conv1.weight"].shape[-1] != 7:
         raise UserError(f"--format detectron2: its ResNets have a 7×7 stem, which this {arch} has not")
 
-    # ------------------------------------------------------------------ save
+    # ---------------------------------------------------------------- save
     if args.format == "detectron2":
         arrays = {detectron2_name(name): value.numpy() for name, value in state.items()}
+        # matching_heuristics lets detectron2 match the names by their endings
         content = {"model": arrays, "__author__": "TWIST", "matching_heuristics": True}
         state = pickle.dumps(content, protocol=4)
     write_atomically(output, state)
     size, mean, std = input_of(config)
-    print(f"written: {output}, {arch} in {args.format}'s names; its input are {size} × {size} pixels, from "
-          f"0 to 1, less {mean}, divided by {std}")
+    print(f"written: {output}, {arch} in {args.format}'s names. It takes {size} × {size} pixels from 0 to 1, "
+          f"minus {mean}, divided by {std}")
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    launch(main, get_parser())

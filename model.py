@@ -1,6 +1,6 @@
 """Backbones, the projection head with NBS (batch norm before the softmax), and the multi-crop forward.
 
-Names and shapes of `Twist`'s state dict are those of the published network.
+The state dict of `Twist` has the names and shapes of the released network (arXiv 2110.07402).
 """
 
 from collections import OrderedDict
@@ -20,18 +20,21 @@ ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "res
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
 class _Normalize(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) over the axes `dims` and the processes of `group`, exact gradients."""
+    """y = (x - mean) / sqrt(var + eps); mean and var over the axes `dims` and the processes of `group`.
+
+    Returns (y, mean, var). The gradient is exact: it goes through mean and var, across processes as well.
+    """
 
     @staticmethod
     def forward(ctx, x, dims, eps, group):
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        if group is not None:    # every process holds equally many rows: plain means of means are right
-            parts = [torch.stack([mean, var])] * dist.get_world_size(group)
-            parts = [torch.empty_like(part) for part in parts]
-            dist.all_gather(parts, torch.stack([mean, var]), group=group)
-            means, variances = torch.stack(parts).unbind(1)
-            mean = means.mean(0)
-            var = (variances + (means - mean) ** 2).mean(0)     # no cancellation, unlike E[x²] - E[x]²
+        if group is not None:
+            mine = torch.stack([mean, var])
+            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, mine, group=group)
+            means, variances = torch.stack(gathered).unbind(1)
+            mean = means.mean(0)             # unweighted, because every process has the same number of rows
+            var = (variances + (means - mean) ** 2).mean(0)     # E[x²] - E[x]² would cancel digits
         inv_std = (var + eps).rsqrt()
         y = (x - mean) * inv_std
         ctx.save_for_backward(y, inv_std)
@@ -42,18 +45,18 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _mean, _var):
         y, inv_std = ctx.saved_tensors
-        both = torch.stack([dy.mean(ctx.dims, keepdim=True), (dy * y).mean(ctx.dims, keepdim=True)])
-        if ctx.group is not None:   # every process's loss depends on these statistics: sum the gradients
-            dist.all_reduce(both, group=ctx.group)
-            both /= dist.get_world_size(ctx.group)
-        return inv_std * (dy - both[0] - y * both[1]), None, None, None
+        means = torch.stack([dy.mean(ctx.dims, keepdim=True), (dy * y).mean(ctx.dims, keepdim=True)])
+        if ctx.group is not None:        # the loss of every process depends on this process's statistics
+            dist.all_reduce(means, group=ctx.group)
+            means /= dist.get_world_size(ctx.group)
+        return inv_std * (dy - means[0] - y * means[1]), None, None, None
 
 
 def bunch_layout(bunch_size, images, world_size):
-    """How bunches of `bunch_size` images lie over processes that hold `images` each.
+    """(bunches in a process, processes in a bunch) for processes with `images` each; one of the two is 1.
 
-    Returns (bunches in a process, processes in a bunch); one of the two is 1. Raises ValueError where the
-    bunch neither divides a process's images nor is a multiple of them that divides the global batch.
+    bunch_size: images that are normalised together; None: the global batch. Raises ValueError unless it
+    divides a process's images, or is a multiple of them that divides the global batch.
     """
     if bunch_size is None:
         return 1, world_size
@@ -66,30 +69,31 @@ def bunch_layout(bunch_size, images, world_size):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all processes, or over bunches of `bunch_size` images; runs on any device.
+    """Batch norm over all processes, or over bunches of `bunch_size` images; x: [N, C] or [N, C, H, W].
 
-    x: [N, C] or [N, C, H, W]. With bunches the N rows are `num_views` blocks of the same images. Running
-    statistics are the mean over bunches, equal on all processes. nn.SyncBatchNorm refuses CPU tensors once a
-    process group exists, and knows no bunches; the names in the state dict are the same.
+    The N rows are `num_views` blocks of the same images, so a bunch has rows in each block. The running
+    statistics are the mean over bunches, equal on all processes. nn.SyncBatchNorm, whose names in the state
+    dict these are, cannot replace it: it has no bunches, and refuses CPU tensors in a process group.
     """
 
     def __init__(self, num_features, affine=True, bunch_size=None, eps=1e-5, momentum=0.1):
         super().__init__()
-        self.bunch_size, self.eps, self.momentum = bunch_size or None, eps, momentum
+        self.bunch_size, self.eps, self.momentum = bunch_size or None, eps, momentum    # 0 means None
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        self._groups = {}                                       # processes in a bunch -> process group
+        self._groups = {}                # processes in a bunch -> process group
 
     def _group(self, processes):
+        """The process group that shares this process's bunch; None if it has none to share."""
         if processes == 1:
             return None
-        if processes not in self._groups:                       # collective: every process comes by here
-            world = dist.group.WORLD
-            whole = processes == dist.get_world_size()
-            self._groups[processes] = world if whole else dist.new_subgroups(processes)[0]
+        if processes == dist.get_world_size():
+            return dist.group.WORLD
+        if processes not in self._groups:        # made once: new_subgroups is a collective call, and slow
+            self._groups[processes] = dist.new_subgroups(processes)[0]
         return self._groups[processes]
 
     def forward(self, x, num_views=1):
@@ -103,25 +107,30 @@ class BatchNorm(nn.Module):
 
         bunches, processes = bunch_layout(self.bunch_size, images, world_size)
         if bunches == 1:
-            rows, dims = x, (0, *range(2, x.dim()))                               # [N, C] or [N, C, H, W]
+            by_bunch, dims = x, (0, 2, 3)                        # [N, C, H, W]: all axes but C
         else:
-            rows, dims = x.view(num_views, bunches, -1, *x.shape[1:]), (0, 2, *range(4, x.dim() + 2))
-        with torch.autocast(x.device.type, enabled=False):
-            wide = rows.float() if x.dtype in (torch.float16, torch.bfloat16) else rows
-            y, mean, var = _Normalize.apply(wide, dims, self.eps, self._group(processes))
+            by_bunch = x.view(num_views, bunches, -1, *x.shape[1:])
+            dims = (0, 2, 4, 5)                                  # [views, bunches, images, C, H, W]
+        dims = [axis for axis in dims if axis < by_bunch.dim()]  # [N, C] has no H and W
+        with torch.autocast(x.device.type, enabled=False):       # statistics need float32 at least
+            is_half = x.dtype in (torch.float16, torch.bfloat16)
+            y, mean, var = _Normalize.apply(by_bunch.float() if is_half else by_bunch, dims, self.eps,
+                                            self._group(processes))
             y = y.view(x.shape)
             if self.weight is not None:
-                shape = (1, -1) + (1,) * (x.dim() - 2)
-                y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
-            self._update_running_statistics(mean, var, x.numel() // x.shape[1] // bunches * processes,
-                                            reduce=processes < world_size)
+                per_channel = (1, -1) + (1,) * (x.dim() - 2)
+                y = torch.addcmul(self.bias.view(per_channel), y, self.weight.view(per_channel))
+            count = x.numel() // x.shape[1] // bunches * processes       # numbers behind each mean
+            self._update_running_statistics(mean, var, count, reduce=processes < world_size)
         return y.to(x.dtype)
 
     @torch.no_grad()
     def _update_running_statistics(self, mean, var, count, reduce):
         C = len(self.running_mean)
-        both = torch.stack([mean.reshape(-1, C).mean(0), var.reshape(-1, C).mean(0) * count / (count - 1)])
-        if reduce:
+        mean_of_bunches, var_of_bunches = mean.reshape(-1, C).mean(0), var.reshape(-1, C).mean(0)
+        unbiased = var_of_bunches * count / (count - 1)          # as torch's running variance is
+        both = torch.stack([mean_of_bunches, unbiased])
+        if reduce:                                               # other processes have other bunches
             dist.all_reduce(both)
             both /= dist.get_world_size()
         self.running_mean.lerp_(both[0].to(self.running_mean), self.momentum)
@@ -130,7 +139,7 @@ class BatchNorm(nn.Module):
 
 
 def synchronize_batch_norms(module):
-    """Replaces every torch batch norm below `module` by one over all processes; names and values stay."""
+    """Replaces every batch norm of torch in `module` by one over all processes; names and values stay."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             synced = BatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
@@ -142,15 +151,15 @@ def synchronize_batch_norms(module):
 
 @torch.no_grad()
 def reestimate_batch_norms(network, batches):
-    """Sets the running statistics of all batch norms of a Twist to their means over batches [B, 3, H, W].
+    """Sets the running statistics of a Twist's batch norms to their means over batches [B, 3, H, W].
 
-    Those of a multi-crop run are of crops of several sizes, which whole images do not have.
+    A multi-crop run leaves statistics of crops of several sizes, which differ from those of whole images.
     """
     norms = [module for module in network.modules() if hasattr(module, "running_mean")]
     before = [(norm, norm.momentum, getattr(norm, "bunch_size", None)) for norm in norms]
     network.train()
     for i, x in enumerate(batches):
-        for norm in norms:
+        for norm in norms:               # 1, 1/2, 1/3, ...: the running statistic is then a plain mean
             norm.momentum, norm.bunch_size = 1 / (i + 1), None
         network([x])
     for norm, momentum, bunch_size in before:
@@ -159,9 +168,9 @@ def reestimate_batch_norms(network, batches):
 
 # ---------------------------------------------------------------- backbones
 class ResNet(nn.Module):
-    """A ResNet of any widths from torchvision's blocks, without classifier; its names are torchvision's.
+    """A ResNet of any width (He et al., arXiv 1512.03385), from torchvision's blocks and with its names.
 
-    pool: its features are the last map averaged to pool × pool places.
+    It has no classifier: its features are the last map, averaged to pool × pool positions.
     """
 
     def __init__(self, block, blocks, widths, stem_width, stem_kernel=7, max_pool=True, pool=1):
@@ -173,7 +182,8 @@ class ResNet(nn.Module):
         for i, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
             layers, outputs = [], width * block.expansion
             for j in range(depth):
-                stride, downsample = 2 if i > 0 and j == 0 else 1, None
+                stride = 2 if i > 0 and j == 0 else 1
+                downsample = None
                 if stride != 1 or inputs != outputs:
                     downsample = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
                 layers.append(block(inputs, width, stride, downsample))
@@ -203,13 +213,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block with its norms before attention and MLP; tokens [B, N, dim] -> the same."""
+
     def __init__(self, dim, heads, drop_path):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(),
                                              fc2=nn.Linear(4 * dim, dim)))
-        self.drop_path = StochasticDepth(drop_path, "row")     # an image skips the branch altogether
+        self.drop_path = StochasticDepth(drop_path, "row")      # row: drawn anew for each image
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -217,10 +229,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with patches of 16 pixels, for images of any size; names are DINO's, and timm's.
+    """Vision transformer (arXiv 2010.11929) with patches of 16 pixels and the names of DINO and timm.
 
     Its feature is the class token after the last norm. Positions are learnt for 14 × 14 patches (224 pixels)
-    and interpolated for others. drop_path: probability to skip in the last block, from 0 in the first.
+    and interpolated for other sizes. drop_path: probability that an image skips a branch of the last block,
+    rising linearly from 0 in the first.
     """
 
     def __init__(self, dim, heads, depth=12, drop_path=0.0):
@@ -241,13 +254,16 @@ class ViT(nn.Module):
         if rows == columns == 14:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
-        # a tenth of a patch more keeps the size from being rounded down, and shifts a bit: as published
+        # DINO adds 0.1 so that the size is not rounded down. That also shifts the grid a little; keep it, as
+        # published networks were trained and are evaluated so.
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / 14, (columns + 0.1) / 14), mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def features(self, x, n_last_blocks=1, mean_of_patches=False):
-        """[B, n · dim]: the class tokens of the last n blocks, each after the last norm, side by side; with
-        mean_of_patches also the mean of the last block's patches. x: [B, 3, H, W]."""
+        """Images x [B, 3, H, W] -> [B, n · dim], the class tokens of the last n blocks after the last norm.
+
+        mean_of_patches: then follows the mean of the last block's patch tokens, another dim.
+        """
         x = self.patch_embed.proj(x)                                              # [B, dim, rows, columns]
         positions = self.positions(*x.shape[-2:])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + positions
@@ -265,7 +281,7 @@ class ViT(nn.Module):
 
 
 def init_linears(module):
-    """Truncated normal weights of standard deviation 0.02 and no bias, as of transformers."""
+    """Initialises linear layers as transformers do: truncated normal weights, deviation 0.02; zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -275,18 +291,19 @@ def init_linears(module):
 def build_backbone(arch, small_images=False, drop_path=0.0):
     """A network that maps images [B, 3, H, W] to features [B, module.feature_dim].
 
-    arch: one of ARCHS. resnet18 to resnet152 are torchvision's; resnet50w2/w4/w5 multiply every width, the
-    stem's too (SwAV's layout, the published one); resnet8 is the small one for a CPU: one basic block at
-    each of the widths 32, 64, 128 behind a 5×5 stem; resnet8_2x2 keeps 2 × 2 places of its last map, which
-    makes 512 features of 128, and resnet8w2_2x2 doubles every width. vit_t, vit_s, vit_b: see ViT, drop_path
-    is theirs. mobilenet_v3_large and efficientnet_b0/b1 are torchvision's, with the dropout before their
-    classifier. small_images: 3×3 stem without stride and max-pool. Raises ValueError for an unknown arch, or
-    small_images of what is no ResNet.
+    arch: one of ARCHS.
+      resnet18 to resnet152, mobilenet_v3_large, efficientnet_b0, _b1: torchvision's without their last layer.
+      resnet50w2, w4, w5 multiply every width, the stem's as well, like the wide networks of TWIST and SwAV.
+      resnet8 is for a CPU: a 5×5 stem and one basic block at each of the widths 32, 64, 128. resnet8_2x2
+      averages its last map to 2 × 2 positions, which gives 512 features; resnet8w2_2x2 is twice as wide.
+      vit_t, vit_s, vit_b: see ViT; only they use drop_path.
+    small_images: a ResNet's stem becomes 3×3 without stride and max-pool.
+    Raises ValueError for an unknown arch, or for small_images of another network than a ResNet.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
     if small_images and not arch.startswith("resnet"):
-        raise ValueError(f"small images: {arch} has no ResNet's stem to change")
+        raise ValueError(f"small images: {arch} is not a ResNet, so it has no stem to change")
     if arch.startswith("vit"):
         heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch]
         return ViT(64 * heads, heads, drop_path=drop_path)
@@ -297,7 +314,7 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
     elif "w" in arch:
         w = int(arch[-1])
         backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)
-        for module in backbone.modules():                       # torchvision's initialisation
+        for module in backbone.modules():                       # as torchvision initialises its ResNets
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     else:
@@ -310,8 +327,10 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
 
 
 def remove_classifier(network):
-    """A torchvision network without its last layer, with `feature_dim`. Raises ValueError if it is no linear
-    one."""
+    """A torchvision network without its last layer, and with `feature_dim`.
+
+    Raises ValueError if the last layer is not linear.
+    """
     name, last = list(network.named_modules())[-1]
     if not isinstance(last, nn.Linear):
         raise ValueError(f"the last layer of a {type(network).__name__} is no linear head, but "
@@ -322,14 +341,19 @@ def remove_classifier(network):
 
 
 def zero_init_residual(backbone):
-    """Has every residual branch of a ResNet begin at 0: published of Barlow Twins, not of TWIST."""
+    """Starts every residual branch of a ResNet at 0. Barlow Twins was trained so, TWIST was not."""
     for module in backbone.modules():
-        if isinstance(module, (BasicBlock, Bottleneck)):
-            nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+        if isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+        elif isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
 
 
 def multi_crop(backbone, views):
-    """Features [V·B, feature_dim] of V views [B, 3, h, w]; consecutive views of one size share a pass."""
+    """V views [B, 3, h, w] -> features [V·B, feature_dim]; consecutive views of one size share a pass.
+
+    Batch norm takes its statistics from a pass, so one pass for each view would give other features.
+    """
     features, start = [], 0
     for i in range(1, len(views) + 1):
         if i == len(views) or views[i].shape[-2:] != views[start].shape[-2:]:
@@ -340,32 +364,33 @@ def multi_crop(backbone, views):
 
 # ---------------------------------------------------------------- TWIST
 class ProjectionHead(nn.Module):
-    """Linear-BN-ReLU twice, a last linear to C classes, then NBS: batch norm without affine parameters.
+    """Linear-BN-ReLU twice, a linear layer to C classes, then NBS: batch norm without affine parameters.
 
-    gelu: instead of ReLU, as published for ViTs.
+    gelu: GELU instead of ReLU.
     """
 
     def __init__(self, feature_dim, hidden_dim, num_classes, bunch_size=None, nbs=True, gelu=False):
         super().__init__()
         act = nn.GELU() if gelu else nn.ReLU(inplace=True)
-        # The published head has an unused dropout after each activation; its places in the numbering stay.
+        # The released head has an unused dropout after each activation. The identity keeps its number, so
+        # that the second linear layer is projection_head.4 there and here.
         self.projection_head = nn.Sequential(
             nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), act, nn.Identity(),
             nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), act)
-        self.last_linear = nn.Linear(hidden_dim, num_classes)
+        self.last_linear = nn.Linear(hidden_dim, num_classes)    # has a bias for nbs=False; NBS cancels it
         self.norm = BatchNorm(num_classes, affine=False, bunch_size=bunch_size) if nbs else None
 
     def forward(self, features, num_views=1):
-        """features [V·B, feature_dim], views one after the other -> logits [V·B, C]."""
+        """Features [V·B, feature_dim], one view after the other -> logits [V·B, C]."""
         logits = self.last_linear(self.projection_head(features))
         return logits if self.norm is None else self.norm(logits, num_views)
 
 
 class Twist(nn.Module):
-    """Backbone and head. bunch_size: images that share one NBS (None: the whole global batch).
+    """Backbone and projection head. bunch_size: images that share one NBS; None: the global batch.
 
-    The head behind a ViT has GELU and the ViT's initialisation, as in the published commands.
-    Built while a process group of several processes is up, its batch norms are synchronised over all of them.
+    The head of a ViT has GELU and the ViT's initialisation, as in TWIST's released commands.
+    Build it after the process group: then its batch norms are synchronised over all processes.
     """
 
     def __init__(self, arch, num_classes=4096, hidden_dim=4096, bunch_size=None, nbs=True,
@@ -383,26 +408,25 @@ class Twist(nn.Module):
     def forward(self, views):
         """views: list of V tensors [B, 3, h, w] -> logits [V, B, C].
 
-        All views share one pass through the head, whose batch statistics therefore mix global and local
-        crops, as published.
+        All views share one pass through the head, as in the released code. The statistics of its batch norms
+        and of NBS therefore mix global and local crops.
         """
         logits = self.projection_heads(multi_crop(self.backbone, views), len(views))         # [V·B, C]
         return logits.view(len(views), -1, logits.shape[-1])
 
 
 def build_twist(config, drop_path=0.0):
-    """The Twist of a run's configuration (the flags of pretrain.py, as a checkpoint keeps them); drop_path is
-    for training it on."""
+    """The Twist of a run's configuration: the flags of pretrain.py, as its checkpoint keeps them."""
     names = ("arch", "num_classes", "hidden_dim", "bunch_size", "nbs", "small_images")
     return Twist(**{name: config[name] for name in names}, drop_path=drop_path)
 
 
 # ---------------------------------------------------------------- Barlow Twins, SEED
 class BarlowTwins(nn.Module):
-    """Backbone and projector of Barlow Twins (arXiv 2103.03230); names are the published ones.
+    """Backbone and projector of Barlow Twins (arXiv 2103.03230), with the names of the released code.
 
-    The projector has three linear layers of `hidden_dim`, without bias, the first two with batch norm and
-    ReLU; the batch norm of the embeddings belongs to the loss.
+    The projector has three linear layers of width `hidden_dim` without bias. Batch norm and ReLU follow the
+    first two. The batch norm of the embeddings belongs to the loss.
     """
 
     def __init__(self, arch, hidden_dim=8192, small_images=False, drop_path=0.0):
@@ -416,13 +440,15 @@ class BarlowTwins(nn.Module):
             synchronize_batch_norms(self)
 
     def forward(self, views):
-        """views: list of V tensors [B, 3, h, w] -> embeddings [V, B, hidden_dim]; each view has batch
-        statistics of its own, unlike in TWIST."""
+        """views: list of V tensors [B, 3, h, w] -> embeddings [V, B, hidden_dim].
+
+        Unlike TWIST, a pass for each view: the released code normalises each view with its own statistics.
+        """
         return torch.stack([self.projector(self.backbone(view)) for view in views])
 
 
 class Embedder(nn.Module):
-    """A backbone and a head, as SEED's student and teacher are: views -> embeddings."""
+    """A backbone and a head that gives embeddings: SEED's student and teacher (arXiv 2101.04731)."""
 
     def __init__(self, backbone, fc):
         super().__init__()
@@ -436,7 +462,7 @@ class Embedder(nn.Module):
 
 
 def build_student(config):
-    """The student of a run's configuration (the flags of distill.py, as a checkpoint keeps them)."""
+    """SEED's student of a run's configuration: the flags of distill.py, as its checkpoint keeps them."""
     backbone = build_backbone(config["arch"], config["small_images"])
     width = backbone.feature_dim
     return Embedder(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(),
@@ -449,3 +475,20 @@ def build_network(config, drop_path=0.0):
     if loss == "barlow":
         return BarlowTwins(config["arch"], config["hidden_dim"], config["small_images"], drop_path)
     return build_student(config) if loss == "seed" else build_twist(config, drop_path)
+
+
+def watch_logits(last_linear, run, scaler):
+    """Watches the logits before NBS, or an embedding, at the steps that `run` logs (paper, Tables 7 and 8).
+
+    Returns a dict that such a step fills: std_col, the deviation over images, std_row, that over classes, and
+    grad, the mean |gradient|.
+    """
+    health = {}
+
+    def look(module, inputs, logits):
+        if run.logging:
+            z, scale = logits.detach().float(), scaler.get_scale() * run.world_size
+            health.update(std_col=z.std(0).mean(), std_row=z.std(1).mean())
+            logits.register_hook(lambda grad: health.update(grad=grad.float().abs().mean() / scale))
+    last_linear.register_forward_hook(look)
+    return health

@@ -1,114 +1,95 @@
-"""TWIST, stage 2, self-labelling: a pre-trained network goes on with its own confident predictions as labels.
+"""TWIST's second stage, self-labelling: a pre-trained network learns from its own confident predictions.
 
-    python selflabel.py --checkpoint weights/fashion-mnist.pth                    on whatever there is
-    torchrun --nproc-per-node 8 selflabel.py --checkpoint FILE @recipes/FILE      8 processes of one machine
+    python selflabel.py --checkpoint weights/fashion-mnist.pth                    on CPU or GPU
+    torchrun --nproc-per-node 8 selflabel.py @recipes/resnet50_selflabel.txt --checkpoint FILE
 
-Of each image the global view that the network is more certain of labels all other views, which are harder
-crops than before. Only the more certain images of each batch take part. Reads like pretrain.py: what differs
-is where the network comes from, the objective, and what a line of progress tells.
+Two of the views are global crops. The network is more certain of one of them; its class there is the label of
+all other views, which are harder crops than before. Only the more confident images of each batch take part.
+`diff pretrain.py selflabel.py` shows the method.
+
+The default run takes about 1 minute on two CPU cores.
 """
 
 import argparse
 import datetime
-import json
 import math
 import os
-import resource
-import shlex
-import signal
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
-    UserError,
-    load_checkpoint,
-    open_log,
-    open_output,
-    read_log,
-    refuse_classless,
-    refuse_misfit,
-    run,
-    save_checkpoint,
-    write_atomically,
-)
-from data import VIEWS, Batches, build_dataset, build_views, input_of, num_workers, own_group
+from checkpoint import UserError, build_ours, load_checkpoint, refuse_classless
+from data import Batches, build_dataset, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
-from model import build_twist, bunch_layout
-from optim import LARS, BadStep, cosine, param_groups, warmup_cosine
+from model import bunch_layout
+from optim import LARS, cosine, param_groups, warmup_cosine
+from run import DEVICES, HelpFormatter, Run, at_least, launch
+from views import VIEWS, build_views, pick_views
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)   # wishes to stop: save, exit with 128 + number
+LINE = "loss {loss:.3f} on {fraction:.0%} above {threshold:.3f} classes {classes} agreement {agreement:.0%}"
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("data and views").add_argument
+    add("--checkpoint", required=True, help="checkpoint of pretrain.py; its network is trained further")
+    add("--data", help="a data set, folder or list of pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--output-dir", default="runs/selflabel", help="folder for all that is written")
-    # network: that of the checkpoint
-    add("--bunch-size", type=int, default=0, help="images that share one NBS; 0: the global batch")
-    add("--ema", type=float, default=0.0, help="momentum of a momentum encoder, to 1 by a cosine; 0: none")
-    add("--export", default="teacher", choices=("teacher", "student"), help="whose backbone is backbone.pth")
-    # loss
-    add("--quantile", type=float, default=0.5, help="share of the batch that gives labels, at the start")
-    add("--quantile-end", type=float, default=0.6, help="and at the end, by a cosine")
-    # views
-    add("--views", default="auto", choices=("auto", *VIEWS),
-        help="augmentation recipe; auto: fashion-mnist for it, else the one published for the stage")
-    add("--image-size", type=int, default=0, help="pixels of a global crop; 0: the data's own, 224 of files")
-    add("--local-size", type=int, default=0, help="pixels of a local crop; 0: 3/7 of the global")
-    add("--num-local", type=int, default=0, help="local crops beside the global ones")
-    # optimisation
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
+        "that data set; for others selflabel with local crops, barlow without")
+    add("--image-size", type=at_least(0), default=0,
+        help="pixels of a global crop; 0: the size of the checkpoint")
+    add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
+    add("--num-local", type=at_least(0), default=0, help="local crops, besides the two global ones")
+    add = parser.add_argument_group("network").add_argument
+    add("--bunch-size", type=at_least(0), default=0,
+        help="images that NBS normalises together; 0: the global batch")
+    add("--ema", type=at_least(0, float, 1), default=0.0,
+        help="EMA momentum of a momentum encoder, raised to 1 by a cosine schedule; 0: no such encoder")
+    add = parser.add_argument_group("loss").add_argument
+    add("--quantile", type=at_least(0, float, 1), default=0.5,
+        help="share of the images that give labels, at the start")
+    add("--quantile-end", type=at_least(0, float, 1), default=0.6,
+        help="the same at the end, reached by a cosine")
+    add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", default="adamw", choices=("lars", "adamw", "sgd"), help="update rule")
-    add("--epochs", type=int, default=1, help="passes over the data")
-    add("--batch-size", type=int, default=128, help="images in the GLOBAL batch")
-    add("--lr", type=float, default=4e-4, help="peak learning rate at batch 256, scaled linearly")
-    add("--warmup-epochs", type=float, default=0.1, help="epochs of linear warm-up")
-    add("--weight-decay", type=float, default=1e-4, help="of matrices and kernels, at the start")
-    add("--weight-decay-end", type=float, default=None, help="at the end, by a cosine; None: constant")
-    add("--momentum", type=float, default=0.9, help="of LARS and SGD, first beta of AdamW")
-    add("--beta2", type=float, default=0.99, help="second beta of AdamW")
-    add("--clip-norm", type=float, default=0.0, help="greatest norm of the gradient; 0: no clipping")
-    # run
-    add("--seed", type=int, default=0, help="of the initial weights, the order and the views")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="auto: bf16 on CUDA, else off")
-    add("--workers", type=int, default=-1, help="processes that read ahead; -1: one a core for files, else 0")
-    add("--resume", default="auto", help="auto: from the folder's last checkpoint; never; or a file")
+    add("--epochs", type=at_least(1), default=1, help="passes over the data")
+    add("--batch-size", type=at_least(2), default=128, help="images in a step, of all processes together")
+    add("--lr", type=at_least(0, float), default=4e-4,
+        help="peak learning rate for batch size 256; scaled linearly for others")
+    add("--warmup-epochs", type=at_least(0, float), default=0.1, help="epochs of linear warm-up")
+    add("--weight-decay", type=at_least(0, float), default=1e-4, help="of weight matrices and kernels")
+    add("--weight-decay-end", type=at_least(0, float),
+        help="weight decay at the end, reached by a cosine; without it --weight-decay throughout")
+    add("--momentum", type=at_least(0, float, 1), default=0.9, help="of LARS and SGD, first beta of AdamW")
+    add("--beta2", type=at_least(0, float, 1), default=0.99, help="second beta of AdamW")
+    add("--clip-norm", type=at_least(0, float), default=0.0,
+        help="largest norm of the gradient; 0: no clipping")
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default="runs/selflabel", help="folder for everything that is written")
+    add("--resume", default="auto", metavar="auto|never|FILE",
+        help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--print-every", type=int, default=50, help="steps between lines of progress, 1 to 50")
-    add("--stop-on-collapse", action="store_true", help="end with code 4 at the second line that says so")
-    add("--timeout", type=float, default=600, help="seconds that a process waits for its peers")
-    add("--local-rank", type=int, help=argparse.SUPPRESS)       # old launchers pass it; LOCAL_RANK is read
+    add("--seed", type=at_least(0), default=0, help="of initial weights, order of the images, and views")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision; auto: bf16 on CUDA, else off")
+    add("--workers", type=at_least(-1), default=-1,
+        help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
+    add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
+    add("--print-every", type=at_least(1), default=50, help="steps between lines of the log")
+    add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
 
 
 def check(args, dataset, world_size):
-    """Refuses what cannot work, by name, before anything is written."""
-    least = dict(epochs=1, batch_size=2, save_every=1, print_every=1, workers=-1, num_local=0, bunch_size=0,
-                 image_size=0, local_size=0, lr=0, quantile=0, quantile_end=0, ema=0, warmup_epochs=0,
-                 weight_decay=0, momentum=0, clip_norm=0, timeout=1, seed=0, beta2=0)
-    for name, low in least.items():
-        if not low <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
-    for name in ("quantile", "quantile_end", "ema", "momentum", "beta2"):
-        if getattr(args, name) >= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be below 1")
-    if args.print_every > 50:
-        raise UserError(f"--print-every {args.print_every}: at most 50; a wish to stop is heard as often")
+    """Raises UserError for flags that do not go together; each by itself is checked by its type."""
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
     if args.batch_size > len(dataset):
-        raise UserError(f"--batch-size {args.batch_size}: --data has only {len(dataset)} images")
+        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images")
     try:
         bunch_layout(args.bunch_size or None, args.batch_size // world_size, world_size)
     except ValueError as error:
@@ -116,66 +97,45 @@ def check(args, dataset, world_size):
 
 
 def main(args):
-    # ---------------------------------------------------------------- ddp
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(best if args.device == "auto" else args.device)
-    if device.type not in (best, "cpu"):
-        raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
-    if device.type == "cuda":                                   # this path was not run on a GPU here
-        device = torch.device("cuda", local_rank)
+    # ---------------------------------------------------------------- ddp: torchrun sets these variables
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    amp = ("bf16" if device.type == "cuda" else "off") if args.amp == "auto" else args.amp
-    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    source = load_checkpoint(args.checkpoint)                   # of the first stage
+    source = load_checkpoint(args.checkpoint)
     refuse_classless(source["config"], args.checkpoint)
-    config = {**source["config"], **vars(args)}                 # shape and input of the network stay
-    config["data"] = args.data or source["config"]["data"]
-    config["image_size"] = args.image_size or source["config"].get("image_size")
-    try:
-        build_twist(config).load_state_dict(source["model"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{args.checkpoint}: not a network of this project ({reason})") from None
+    config = {**source["config"], **vars(args)}          # the network keeps its shape and its input
+    for name in ("data", "image_size"):
+        config[name] = getattr(args, name) or source["config"].get(name)
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir)
+    config["pictures"] = dataset.files
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
-    recipe = args.views
-    if recipe == "auto":
-        of_pictures = "selflabel" if args.num_local > 0 else "barlow"
-        recipe = "fashion-mnist" if config["data"] == "fashion-mnist" else of_pictures
+    recipe = pick_views(args.views, config["data"], published="selflabel" if args.num_local else "barlow")
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
                         arch=config["arch"])
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
-    steps_per_epoch = batches.steps_per_epoch
-    total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    total_steps = args.epochs * batches.steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
 
-    # ---------------------------------------------------------------- output folder, last checkpoint
-    if world_size > 1:
+    # ---------------------------------------------------------------- model
+    if world_size > 1:                       # before the model: its batch norms see that there are others
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(seconds=args.timeout))
-    out = Path(args.output_dir)
-    lock, state = open_output(argparse.Namespace(**config), "selflabel") if rank == 0 else (None, None)
-    if world_size > 1:                                          # all go on from what rank 0 read
-        box = [state]
-        dist.broadcast_object_list(box)
-        state = box[0]
-
-    # ---------------------------------------------------------------- model
-    model = build_twist(config, config.get("drop_path", 0.0)).to(device, memory_format=torch.channels_last)
-    model.load_state_dict(source["model"])
+    model = build_ours(config, source["model"], args.checkpoint, config.get("drop_path", 0.0))
+    model.to(device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     teacher = None
-    if args.ema > 0:             # the first stage's, or the network itself to begin with
-        teacher = build_twist(config).to(device, memory_format=torch.channels_last)
-        teacher.load_state_dict(source.get("teacher") or source["model"])
-        teacher.requires_grad_(False)
-    exported = teacher if teacher is not None and args.export == "teacher" else model
-    torch.manual_seed(args.seed + rank)                         # noise inside the network: by process
+    if args.ema > 0:                         # stays in training mode: its own batch statistics, as published
+        teacher = build_ours(config, source.get("teacher", source["model"]), args.checkpoint)
+        teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    torch.manual_seed(args.seed + rank)      # from here on noise (drop path) should differ between ranks
 
     # ---------------------------------------------------------------- optimizer
     groups = param_groups(model, args.weight_decay)
@@ -185,51 +145,21 @@ def main(args):
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2))
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---------------------------------------------------------------- resume
-    start_step = left_out = 0
-    if state is not None:
-        with refuse_misfit(args):
-            start_step, left_out = int(state["step"]), int(state["left_out"])
-            model.load_state_dict(state["model"])
-            if teacher is not None:
-                teacher.load_state_dict(state["teacher"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            dataset.load_state_dict(state.get("pictures"))
-            if len(state["rng"]) == world_size:
-                set_rng_state(state["rng"][rank], device)
-    if start_step == total_steps and (args.resume != "auto" or (out / "metrics.json").exists()):
-        if rank == 0:
-            print(f"{out}: this run is finished; --overwrite starts it anew")
-        return finish()
-    if rank == 0:
-        log = open_log(out / "log.jsonl")
-        resolved = {**config, "device": str(device), "amp": amp, "world_size": world_size,
-                    "steps_per_epoch": steps_per_epoch, "total_steps": total_steps, "peak_lr": peak_lr}
-        command = shlex.join(["python", *sys.argv])
-        write(log, dict(resumed_from=start_step) if state else dict(command=command, config=resolved))
-        print(f"{command}\n{json.dumps(resolved)}\n{len(dataset):,} images; {total_steps} steps of "
-              f"{args.batch_size} × {len(views)} views; lr {args.lr:g} at batch 256 is {peak_lr:g}; "
-              f"{world_size} process(es) on "
-              f"{device}, amp {amp}" + (f"; resumed from step {start_step}" if state else ""), flush=True)
+    left_out = torch.zeros((), dtype=torch.long, device=device)     # steps without a confident image
+    run = Run(args, "selflabel", device, total_steps, batches.steps_per_epoch, config)
+    run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, left_out=left_out)
+    loader = iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
+        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train
-    caught = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: caught.append(signum))
-    loader = iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start_step, total_steps),
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
-        worker_init_fn=own_group, generator=torch.Generator()))     # else it takes from the network's noise
-    bad, collapsed = BadStep(device, scaler), 0
-    since, waited, last_step = time.time(), 0.0, start_step
+    run.say(f"{len(dataset):,} images, {len(views)} views of each; peak learning rate {peak_lr:g}")
     model.train()
-    for step in range(start_step, total_steps):
-        epoch, place = divmod(step + 1, steps_per_epoch)
-        logging = (step + 1) % args.print_every == 0 or place == 0
-        saving = (step + 1) % args.save_every == 0 or step + 1 == total_steps
+    for step in run.steps():                 # saves; ends the run on a signal or a number that is not finite
         lr = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -237,153 +167,57 @@ def main(args):
             optimizer.param_groups[0]["weight_decay"] = cosine(step, total_steps, args.weight_decay,
                                                                args.weight_decay_end)
         quantile = cosine(step, total_steps, args.quantile, args.quantile_end)
-        before = time.time()
-        images, uniforms = next(loader)
-        waited += time.time() - before
 
         # ---- one training step: B images of this process, V views, C classes
+        images, uniforms, _ = run.next(loader)
         x = views(images, uniforms, device)                                       # V × [B, 3, h, w]
-        stop = torch.tensor([float(signum in caught) for signum in SIGNALS], device=device)
-        teacher_logits = None
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp != "off"):
-            logits = ddp(x)                                                       # [V, B, C]
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
+            logits, teacher_logits = ddp(x), None                                 # [V, B, C]
             if teacher is not None:
                 with torch.no_grad():
                     teacher_logits = teacher(x[:2])                               # [2, B, C]
-        loss = self_label_loss(logits, quantile, teacher_logits, riders=stop)
+        loss = self_label_loss(logits, quantile, teacher_logits)
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-        if loss.fraction > 0:                                   # known to all processes alike
-            scaler.step(optimizer)
-            scaler.update()
-            if teacher is not None:
-                keep = cosine(step, total_steps, args.ema, 1.0)
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
-        else:
-            left_out += 1
-        bad.watch(step + 1, lr, loss, norm, model.parameters() if logging or saving else ())
-        if not (logging or saving):
-            continue
+        left_out += loss.fraction == 0
+        if loss.fraction > 0:                # the same on all ranks; without labels nothing moves
+            scaler.step(optimizer)           # leaves the step out if fp16 overflowed
+        scaler.update()
+        if teacher is not None and loss.fraction > 0:
+            keep = cosine(step, total_steps, args.ema, 1.0)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
+        run.watch(loss, norm)
 
-        # ---- what all processes are to read alike: the loss is each one's own until here
-        dataset.agree(device)
-        total, agreement, classes, bad_anywhere = joined(loss, logits, teacher_logits, bad.step)
-        if bad_anywhere:
-            if rank == 0:
-                write(log, dict(step=int(bad.step), status=f"non-finite {bad.what}"))
-                print(f"selflabel.py: error: {bad.message(loss._fields, amp, out)}", file=sys.stderr)
-            return finish(3)
-        stopped = next((signum for signum, wish in zip(SIGNALS, stop, strict=True) if wish > 0), None)
-        if logging:
-            seconds = time.time() - since
-            images_per_s = (step + 1 - last_step) * args.batch_size / seconds
-            entry = dict(epoch=step // steps_per_epoch + 1, step=step + 1, loss=total,
-                         fraction=loss.fraction.item(), threshold=loss.threshold.item(), quantile=quantile,
-                         classes=classes, agreement=agreement, left_out=left_out, lr=lr,
-                         images_per_s=round(images_per_s, 1), waiting=round(waited / seconds, 4),
-                         memory_mib=memory_mib(device), **dataset.tally())
-            if classes == 1 and entry["fraction"] * args.batch_size >= 10:
-                entry["collapsed"] = "one-class"
-            elif entry["threshold"] < 1.02 / config["num_classes"]:
-                entry["collapsed"] = "uniform"
-            if rank == 0:
-                write(log, entry)
-                eta = (total_steps - step - 1) * args.batch_size / images_per_s
-                print(progress_line(entry, total_steps, config["num_classes"], eta), flush=True)
-            since, waited, last_step = time.time(), 0.0, step + 1
-            collapsed = collapsed + 1 if "collapsed" in entry else 0
-            if args.stop_on_collapse and collapsed > 1 and step >= warmup_steps:
-                if rank == 0:
-                    write(log, dict(step=step + 1, status=f"collapsed: {entry['collapsed']}"))
-                    print(f"selflabel.py: error: collapsed ({entry['collapsed']}) at step {step + 1} and in "
-                          f"the line before; the last checkpoint in {out} is from before", file=sys.stderr)
-                return finish(4)
-        if saving or stopped:
-            rng = [rng_state(device)] * world_size
-            if world_size > 1:
-                dist.all_gather_object(rng, rng_state(device))
-            if rank == 0:
-                averaged = {} if teacher is None else dict(teacher=teacher.state_dict())
-                write_atomically(out / "backbone.pth", exported.backbone.state_dict())
-                save_checkpoint(out / "checkpoint.pth", dict(
-                    model=model.state_dict(), **averaged, optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), step=step + 1, epoch=epoch, left_out=left_out,
-                    stage="selflabel", rng=rng, pictures=dataset.state_dict(), config=config))
-        if stopped:
-            if rank == 0:
-                write(log, dict(step=step + 1, status=f"stopped by {stopped.name}, saved"))
-                print(f"stopped by {stopped.name} after step {step + 1}, saved; the same command goes on")
-            return finish(128 + stopped)
+        if run.logging:
+            entry = describe(loss, logits, logits if teacher is None else teacher_logits, run)
+            run.log(LINE, **entry, quantile=quantile, left_out=int(left_out), lr=lr)
 
     # ---------------------------------------------------------------- save
-    if rank == 0:
-        metrics = read_log(out / "log.jsonl")[total_steps]
-        write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
-        write(log, dict(step=total_steps, status="done"))
-        print(f"done: checkpoint.pth, backbone.pth, log.jsonl, metrics.json in {out}")
-    return finish()
+    run.done()
 
 
-def finish(code=0):
-    """Leaves the process group together, so that no process takes another's end for a fault."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return code
+def describe(loss, logits, labelling_logits, run):
+    """An entry of the log, of the global batch: the loss, which share of the images and how many classes take
+    part, how often the two global views agree, and the name of a collapse.
 
-
-def joined(loss, logits, teacher_logits, bad_step):
-    """Of the global batch: loss, share of images whose two global views agree, classes among the labels, and
-    whether any process has had a bad step."""
-    _, label, confidence = anchors(logits[:2] if teacher_logits is None else teacher_logits[:2])
-    chosen = F.one_hot(label[confidence > loss.threshold], logits.shape[-1]).sum(0)
+    logits: [V, B, C]; labelling_logits: [V, B, C], those that give labels (the teacher's if there is one).
+    """
+    C = logits.shape[-1]
+    _, label, confidence = anchors(labelling_logits[:2])
+    counts = F.one_hot(label[confidence > loss.threshold], C).sum(0)              # [C], of this process
     agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
-    three = torch.stack([loss.total.detach().float(), agreement, (bad_step > 0).float()])
-    mine = torch.cat([three, chosen.float()])
-    everyones = [mine]
-    if dist.is_initialized():
-        everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, mine)
-    everyones = torch.stack(everyones)                                            # [W, 3 + C]
-    total, agreement = everyones[:, :2].mean(0).tolist()
-    return total, agreement, int((everyones[:, 3:].sum(0) > 0).sum()), bool((everyones[:, 2] > 0).any())
-
-
-def rng_state(device):
-    """State of the generators that a network's noise comes from, a list of tensors."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def set_rng_state(states, device):
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def write(log, entry):
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
-
-
-def progress_line(entry, total_steps, num_classes, eta):
-    line = ("epoch {epoch} step {step}/{total} | loss {loss:.3f} of {fraction:.0%} of the images, above "
-            "{threshold:.3f}, in {classes} of {most} classes | views agree {agreement:.0%}, steps left out "
-            "{left_out} | lr {lr:.1e} | {images_per_s:.0f} images/s, waiting {waiting:.0%}, "
-            "{memory_mib} MiB, ETA {minutes:.0f}:{seconds:02.0f}")
-    line = line.format(**entry, total=total_steps, most=num_classes, minutes=eta // 60, seconds=eta % 60)
-    return line + (f" | collapsed: {entry['collapsed']}" if "collapsed" in entry else "")
-
-
-def memory_mib(device):
-    """Most memory so far: of the CUDA device, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+    mean = run.average(loss=loss.total, agreement=agreement, counts=counts)
+    entry = dict(loss=mean["loss"].item(), fraction=loss.fraction.item(), threshold=loss.threshold.item(),
+                 classes=int((mean["counts"] > 0).sum()), agreement=mean["agreement"].item())
+    if entry["classes"] == 1 and entry["fraction"] * run.args.batch_size >= 10:
+        entry["collapsed"] = "one-class"
+    elif entry["threshold"] < 1.02 / C:      # the most confident image is hardly above chance
+        entry["collapsed"] = "uniform"
+    return entry
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    launch(main, get_parser())

@@ -1,9 +1,13 @@
-"""Low-shot linear SVMs on VOC07, on frozen features, as published (Goyal et al. 2019) but for the draws.
-
-Told apart: k images with a class, 19 k without, drawn by --seed. The cost is the best on the test images, as
-published; features: Feature5 of lincls.py --depths, pictures squashed to a square. Without --data: datasets.
+"""Low-shot linear SVMs on VOC07, on frozen features, by the published protocol (Goyal et al. 2019).
 
     python svm.py --checkpoint runs/pretrain/checkpoint.pth --data VOCdevkit/VOC2007
+    python svm.py --checkpoint resnet50.pth --arch resnet50 --data VOCdevkit/VOC2007 --depth 5 --device cuda
+
+For each class and each k, an SVM learns from k images with the class and 19 k without. The result is the mAP
+on the test images, for the cost that does best there. --seed draws the images; the published draws differ.
+Features are Feature1 to 5 of lincls.py --depths, from pictures that are squashed to a square.
+
+Not run on VOC07 here, so no result. The tests compare it with scikit-learn on a small folder like VOC's.
 """
 
 import argparse
@@ -15,31 +19,39 @@ import numpy as np
 import torch
 from torchvision.transforms.functional import resize
 
-from checkpoint import UserError, load_pretrained, make_evaluation_folder, run, write_atomically
-from data import ImageSet, input_of, normalize
+from checkpoint import UserError, load_pretrained, write_atomically
+from data import ImageSet, input_of
 from lincls import build_reader
 from model import ARCHS
+from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
+from views import normalize
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("network and data").add_argument
     add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--data", help="data set (fashion-mnist, fake, cifar10, cifar100, stl10), folder or list of pictures")
-    add("--output-dir", default="runs/svm", help="folder for all that is written")
-    add("--arch", choices=ARCHS, help="backbone")
-    add("--depth", type=int, default=0, help="ResNet: which of Feature1 to 5, of stem and stages; 0: last")
-    add("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96], help="k, positives of a class")
-    add("--samples", type=int, default=5, help="draws for each k")
-    add("--costs", type=float, nargs="+", default=[2 ** n for n in range(-19, -3)] + [1, 10, 100], help="C")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--seed", type=int, default=0, help="of the initial weights, the order and the views")
+    add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
+    add("--arch", choices=ARCHS, help="backbone of a file that is no checkpoint of a run")
+    add("--depth", type=at_least(0), default=0,
+        help="which of a ResNet's features, 1 (stem) to 5 (last stage); 0: the last")
+    add("--data", default="datasets", help="VOC2007, or a folder that holds it")
+    add = parser.add_argument_group("SVMs").add_argument
+    add("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96],
+        help="numbers k of images with the class")
+    add("--samples", type=at_least(1, below=10_000), default=5, help="draws for each k")
+    add("--costs", type=at_least(1e-9, float, 1e6), nargs="+",
+        default=[2 ** n for n in range(-19, -3)] + [1, 10, 100],
+        help="costs C to try; the defaults are the published ones")
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default="runs/svm", help="folder for everything written")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="of the network")
+    add("--seed", type=at_least(0), default=0, help="draws the images of each k")
     return parser
 
 
 def read_voc(data, part):
-    """Paths [N] and labels [N, C] of trainval or test: 1, -1, or 0: difficult objects only."""
+    """Paths [N] and labels [N, C] of trainval or test: 1, -1, or 0 (only difficult objects of the class)."""
     root = [*Path(data).glob("VOCdevkit/VOC2007"), *Path(data).glob("VOC2007"), Path(data)][0]
     classes = sorted({str(path).rpartition("_")[0] for path in root.glob("ImageSets/Main/[!.]*_*.txt")})
     try:
@@ -51,9 +63,29 @@ def read_voc(data, part):
     return [root / f"JPEGImages/{image}.jpg" for image in images[:, 0]], labels.astype(int)
 
 
+def read_features(parts, read, size, mean, std, device):
+    """Features [N, D] of unit length of all readable pictures; read: inputs [1, 3, size, size] -> a map."""
+    rows = []
+    for part in parts:
+        for i in range(len(part)):
+            picture = part[i]
+            if picture is not None:
+                picture = resize(resize(picture, [round(size * 256 / 224)]), [size, size])
+                x = normalize(picture[None].to(device) / 255, mean, std)
+                rows.append(torch.nn.functional.normalize(read(x).flatten(1)).cpu())
+    return torch.cat(rows)
+
+
 def most_shots(y, rest):
     """How many images with a class, and `rest` times as many without, labels [N, C] have of every class."""
     return int(min((y == 1).sum(0).min(), (y == -1).sum(0).min() // rest))
+
+
+def draw_shots(y, k, rest, seed):
+    """Indices of k images with a class and rest × k without; y: [N] labels of that class, seed: integers."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    positive, negative = order[y[order] == 1], order[y[order] == -1]
+    return np.append(positive[:k], negative[:k * rest])
 
 
 def average_precision(scores, truth):
@@ -64,9 +96,12 @@ def average_precision(scores, truth):
 
 
 def fit_svm(gram, y, costs):
-    """Yields for each cost the coefficients [n] of gram's rows [n, n], inner products plus 1 for the bias, in
-    the scores f at the exact minimum of |w|²/2 + Σ c_i max(0, 1 - y_i f_i)², c the cost, twice that of y = 1:
-    scikit-learn's LinearSVC, by Newton's method in the primal (Chapelle 2007)."""
+    """Yields for each cost the SVM's coefficients beta [n]: its scores are f = gram @ beta.
+
+    gram: [n, n], inner products plus 1 for the bias; y: [n], 1 or -1. They are at the exact minimum of
+    |w|²/2 + Σ c_i max(0, 1 - y_i f_i)², where c_i is the cost, and twice the cost for y_i = 1: scikit-learn's
+    LinearSVC, by Newton's method in the primal (Chapelle 2007).
+    """
     beta = np.zeros(len(y))
     for cost in costs:
         for i in range(1000):
@@ -79,48 +114,46 @@ def fit_svm(gram, y, costs):
 
 
 def main(args):
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(best if args.device == "auto" else args.device)
-    if device.type not in (best, "cpu"):
-        raise UserError(f"--device {device}: there is none here; --device auto would take {best}")
-    backbone, config = load_pretrained(args.checkpoint, args.arch)
-    depths, read = build_reader(backbone.to(device).eval().requires_grad_(False), argparse.Namespace(
+    # ---------------------------------------------------------------- model
+    backbone, config = load_pretrained(args.checkpoint, args.arch, key=args.key)
+    backbone.to(args.device).eval().requires_grad_(False)
+    depths, read = build_reader(backbone, argparse.Namespace(
         depths=hasattr(backbone, "bn1"), mean_of_patches=False, n_last_blocks=1))
-    parts = [ImageSet(None, torch.from_numpy(y), None, np.array([os.fsencode(path) for path in paths]))
-             for paths, y in (read_voc(args.data or "datasets", part) for part in ("trainval", "test"))]
+    if args.depth > len(depths):
+        raise UserError(f"--depth: must be 0 to {len(depths)} with this network")
+
+    # ---------------------------------------------------------------- data
+    parts = []
+    for name in ("trainval", "test"):
+        paths, labels = read_voc(args.data, name)
+        paths = np.array([os.fsencode(path) for path in paths])
+        parts.append(ImageSet(None, torch.from_numpy(labels), None, paths))
     rest = parts[0].labels.shape[1] - 1                         # 19: as many negatives for each positive
     most = most_shots(parts[0].labels, rest)
-    for flag, low, high in (("shots", 1, most), ("samples", 1, 1e6), ("costs", 1e-9, 1e6),
-                            ("depth", 0, len(depths)), ("seed", 0, 1e18)):
-        if not low <= np.min(vars(args)[flag]) <= np.max(vars(args)[flag]) <= high:
-            raise UserError(f"--{flag}: must be {low} to {high:g}, with this network and these images")
-    out = Path(args.output_dir)
-    if out.is_file() or (out / "checkpoint.pth").exists():
-        raise UserError(f"--output-dir {out}: is a file or holds a training run; choose another")
+    if max(args.shots) > most:
+        raise UserError(f"--shots: must be 1 to {most} with these images")
+    out = make_evaluation_folder(args.output_dir)
 
-    size, mean, std = input_of(config)
-    pictures = (picture for part in parts for picture in map(part.__getitem__, range(len(part))))
-    pictures = (resize(x, [round(size * 256 / 224)]) for x in pictures if x is not None)
-    inputs = (normalize(resize(x, [size, size])[None].to(device) / 255, mean, std) for x in pictures)
-    x = torch.cat([torch.nn.functional.normalize(read(x)[args.depth - 1].flatten(1)).cpu() for x in inputs])
-    y, test_y = (part.readable().labels.numpy() for part in parts)
-    num_broken = sum(map(len, parts)) - len(x)
+    # ---------------------------------------------------------------- features
+    x = read_features(parts, lambda images: read(images)[args.depth - 1], *input_of(config), args.device)
+    y, test_y = (part.readable().labels.numpy() for part in parts)                # [N of the part, C]
+    num_broken = len(parts[0]) + len(parts[1]) - len(x)
     if max(args.shots) > most_shots(y, rest):
         raise UserError(f"--shots: at most {most_shots(y, rest)} of a class can be read")
     gram = (x.double() @ x[:len(y)].double().T + 1).numpy()     # [all images, those of trainval]
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")
-    make_evaluation_folder(out)
-    metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], num_broken=num_broken,
-                   shots={})
     if num_broken:
         print(f"{num_broken} broken pictures left out")
+
+    # ---------------------------------------------------------------- SVMs
+    metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], num_broken=num_broken,
+                   shots={})
     for k in args.shots:
         aps = np.zeros((args.samples, len(args.costs)))
         for sample, c in np.ndindex(args.samples, rest + 1):
-            order = np.random.default_rng([args.seed, 7, k, sample, c]).permutation(len(y))
-            drawn = np.append(order[y[order, c] == 1][:k], order[y[order, c] == -1][:k * rest])
-            test, = test_y[:, c].nonzero()
+            drawn = draw_shots(y[:, c], k, rest, [args.seed, 7, k, sample, c])
+            test = np.flatnonzero(test_y[:, c])                 # difficult objects do not count
             kernel, truth = gram[np.ix_(len(y) + test, drawn)], test_y[test, c] == 1
             for i, beta in enumerate(fit_svm(gram[np.ix_(drawn, drawn)], y[drawn, c], args.costs)):
                 aps[sample, i] += average_precision(kernel @ beta, truth) / (rest + 1)
@@ -131,4 +164,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    launch(main, get_parser())

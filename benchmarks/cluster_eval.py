@@ -1,9 +1,9 @@
-"""All scores of cluster_eval.py beside scikit-learn's, on the numbers of ImageNet's validation set.
+"""All scores of cluster_eval.py beside scikit-learn's, on as many labels as ImageNet's validation set has.
 
     python benchmarks/cluster_eval.py          needs scikit-learn
 
-50,000 labels of 1,000 classes and 1,000 clusters of unequal sizes, correlated so that NMI is about .72.
-scikit-learn is timed on NMI, AMI, ARI and FMI; ours does these, ami_max, the matching and the accuracies.
+50,000 labels of 1,000 classes and 1,000 clusters of unequal sizes, correlated so that NMI is about 0.72.
+scikit-learn is timed on NMI, AMI, ARI and FMI. Ours computes these, ami_max, the matching and the accuracies.
 """
 
 import platform

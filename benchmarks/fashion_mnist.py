@@ -1,12 +1,12 @@
-"""Fashion-MNIST: every stage over several seeds, beside what the raw pixels give. Goes on where it stopped.
+"""Fashion-MNIST: every stage with several seeds, compared with raw pixels. The same command resumes.
 
-    python benchmarks/fashion_mnist.py                        some 15 minutes a seed on two cores
+    python benchmarks/fashion_mnist.py                        about 15 minutes per seed on two cores
     python benchmarks/fashion_mnist.py --seeds 0 --recipes classes
 
-ACC, NMI, ARI, AMI: of the 10,000 test images' predicted classes (k-means: fitted on the training pixels).
+ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitted on the training pixels.
 20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
-on centred and scaled features, its C chosen on 10,000 training images held out, then fitted on all 60,000.
-top1: what lincls.py and semisup.py reach on the test images, from the backbone of `representation`.
+on centred and scaled features. Its C is chosen on 10,000 held-out training images; then it is fitted on all.
+top1: lincls.py and semisup.py on the test images, from the backbone of `representation`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cluster_eval import evaluate, predict  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
 
-RECIPES = {       # what to run, from which recipe's network
+RECIPES = {       # name: (the recipe whose network it starts from, command)
     "classes": (None, ["pretrain.py"]),
     "representation": (None, ["pretrain.py", "@recipes/fashion_mnist_representation.txt"]),
     "self-labelled": ("classes", ["selflabel.py", "@recipes/fashion_mnist_selflabel.txt"]),
@@ -45,11 +45,13 @@ RECIPES = {       # what to run, from which recipe's network
 
 
 def knn_accuracy(train_features, train, features, test):
+    """20-NN accuracy on the test set; train, test: ImageSets, which hold the labels."""
     scores = knn_predict(train_features, train.labels, features, k=20, temperature=0.07, num_classes=10)
     return (scores.argmax(1) == test.labels).double().mean().item()
 
 
 def linear_accuracy(train_features, train, features, test):
+    """Accuracy of logistic regression on the test set; features are arrays [N, D]."""
     mean, scale = train_features.mean(0), train_features.std()
     x, x_test = (train_features - mean) / scale, (features - mean) / scale
     y, y_test = train.labels.numpy(), test.labels.numpy()
@@ -62,7 +64,7 @@ def linear_accuracy(train_features, train, features, test):
 
 
 def pixels(train, test, seeds):
-    """What the raw pixels give: k-NN, logistic regression, and k-means from each seed."""
+    """Yields the results of raw pixels: k-NN and logistic regression, then k-means for each seed."""
     x, x_test = (part.images.flatten(1).float() / 255 for part in (train, test))
     mean = x.mean(0)
     yield dict(method="pixels", knn=knn_accuracy(x, train, x_test, test),
@@ -75,7 +77,7 @@ def pixels(train, test, seeds):
 
 
 def trained(recipe, seed, train, test, folder):
-    """Trains (or finds trained) one recipe with one seed, by the command a user types, and scores it."""
+    """Runs one recipe with one seed, by the command that a user types, and scores its network."""
     out, start = folder / f"{recipe}_{seed}".replace(" ", "_").replace("%", "percent"), time.time()
     origin, command = RECIPES[recipe]
     command = [sys.executable, *command, "--seed", str(seed), "--output-dir", str(out)]
@@ -99,7 +101,7 @@ def trained(recipe, seed, train, test, folder):
 
 
 def table(results):
-    """One line a method: mean over its seeds, and (least to greatest) where there are several."""
+    """Prints one row per method: the mean over its seeds, and (least to greatest) if there are several."""
     columns = ("acc", "nmi", "ari", "ami", "knn", "knn_centred", "linear", "top1", "minutes")
     print("| method | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
     for method in dict.fromkeys(r["method"] for r in results):

@@ -3,8 +3,8 @@
     python benchmarks/knn.py          needs scikit-learn
 
 10,000 queries against 60,000 training features of 128 and of 512 numbers, ten classes, the 20 nearest by
-cosine. Ours and the loop weigh votes by exp(similarity / 0.07); scikit-learn is given the same weights. The
-three are compared first, then take turns. Medians of all rounds.
+cosine. Ours and the loop weigh votes by exp(similarity / 0.07); scikit-learn gets the same weights. The
+predictions of the three are compared first, then the three take turns. Medians of all rounds.
 """
 
 import platform
@@ -31,7 +31,7 @@ def ours(train, labels, queries):
 
 
 def plain_loop(train, labels, queries, chunk=100):
-    """As DINO evaluates: 1/100 of the queries at a time, all similarities of them, topk, votes one-hot."""
+    """As DINO evaluates: for 1/100 of the queries at a time all similarities, topk, and one-hot votes."""
     train, queries = F.normalize(train, dim=1), F.normalize(queries, dim=1)
     predictions = []
     for part in queries.split(chunk):

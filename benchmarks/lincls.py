@@ -2,8 +2,8 @@
 
     python benchmarks/lincls.py                     on an otherwise idle CPU; one thread, in this process
 
-A step is that of lincls.py: views, frozen backbone, heads forward and backward, SGD. Both grids are timed in
-turns, round by round; printed are medians and the median of the rounds' ratios.
+A step is the one of lincls.py: views, frozen backbone, heads forward and backward, SGD. Rounds time the two
+grids in turn; medians of the rounds are printed, and the median of their ratios.
 """
 
 import platform
@@ -16,9 +16,9 @@ import torch
 import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import UNIFORMS, Views  # noqa: E402
-from lincls import Heads, head_losses, sgd_step  # noqa: E402
+from lincls import Heads, build_optimizer, head_losses  # noqa: E402
 from model import build_backbone  # noqa: E402
+from views import UNIFORMS, Views  # noqa: E402
 
 GRID, ROUNDS = 45, 7                                            # nine learning rates by five weight decays
 SETTINGS = [("resnet8_2x2", 28, 10, 256), ("resnet18", 224, 1000, 64)]     # arch, pixels, classes, batch
@@ -34,16 +34,17 @@ def build_steps(arch, size, num_classes, batch):
     cached = torch.randn(batch, backbone.feature_dim)
 
     def build_step(grid, on_cached):
-        heads = Heads(cached, grid, num_classes)
-        velocities = [torch.zeros_like(w) for w in heads.parameters()]
-        lrs, decays = torch.full((grid,), 0.1), torch.full((grid,), 1e-4)
+        heads = Heads([cached], grid, num_classes)
+        optimizer = build_optimizer(heads, [(0.1, 1e-4)] * grid, batch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"]
 
         def step():
             with torch.no_grad():
                 features = cached if on_cached else backbone(views(images, uniforms)[0])
-            heads.zero_grad()
-            head_losses(heads(features), labels).sum().backward()
-            sgd_step(list(heads.parameters()), velocities, lrs, decays)
+            optimizer.zero_grad()
+            head_losses(heads([features]), labels).sum().backward()
+            optimizer.step()
         return step
     return {(grid, on_cached): build_step(grid, on_cached)
             for on_cached in (False, True) for grid in (1, GRID)}

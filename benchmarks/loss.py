@@ -1,9 +1,9 @@
-"""twist_loss beside the form that the published code runs: pair by pair, every softmax and logarithm anew.
+"""Measures twist_loss and the published code's form: pair by pair, every softmax and logarithm anew.
 
     python benchmarks/loss.py
 
-Forward and backward with 2 global and 12 local views, batch 64, 4096 classes; the forms take turns.
-Values and gradients are compared first; then time, memory kept for backward, and the cost of twice the views.
+Forward and backward with 2 global and 12 local views, batch 64, 4096 classes. The two forms take turns.
+First it compares values and gradients, then time, memory kept for backward, and the cost of twice the views.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def pair_by_pair(logits, alpha=1.0, beta=1.0, eps=1e-5, tau=1.0, num_global=2):
 def keep_freed_memory():
     """Lets the process keep what it frees, as CUDA's allocator does; returns whether the C library can.
 
-    glibc gives large blocks back to the system: page faults, which come and go, are up to half of the time.
+    Otherwise glibc gives large blocks back to the system, and page faults take up to half of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     most_mapped, trim_threshold = -4, -1                       # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
@@ -57,21 +57,21 @@ def ours(logits):
 
 
 def seconds(function, logits):
-    """Of one forward and backward."""
+    """Seconds that one forward and backward take."""
     start = time.perf_counter()
     torch.autograd.grad(function(logits), logits)
     return time.perf_counter() - start
 
 
 def alternate(first, second, repeats=REPEATS):
-    """Median seconds of two calls (function, logits), taken in turns so that both meet the same machine."""
+    """Median seconds of two calls (function, logits), in turns, so that other work slows both alike."""
     pairs = [(seconds(*first), seconds(*second)) for _ in range(repeats + 1)][1:]        # the first warms up
     return [statistics.median(column) for column in zip(*pairs, strict=True)]
 
 
 def saved_bytes(function, logits):
-    """Memory that backward keeps alive: each storage once, the logits themselves (a leaf) not counted."""
-    kept = {}                         # holds the tensors, so that no address is given out twice
+    """Bytes that forward keeps for backward. Each storage counts once, that of the logits not at all."""
+    kept = {}                         # holds the tensors: a freed address could be used a second time
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor

@@ -1,13 +1,13 @@
-"""Fashion-MNIST: TWIST beside other methods: one backbone, one set of views, as many steps for each.
+"""Fashion-MNIST: TWIST compared with other methods, with the same backbone, views and number of steps.
 
-    pip install --no-deps lightly==1.6.0        SimCLR's and VICReg's losses, which need no more
-    python benchmarks/methods.py                goes on where it stopped; some 20 minutes a seed
+    pip install --no-deps lightly==1.6.0        losses of SimCLR and VICReg; they need no other package
+    python benchmarks/methods.py                about 20 minutes per seed; the same command resumes
     python benchmarks/methods.py --methods TWIST "Barlow Twins" --seeds 0
 
-ACC: the 10,000 test images' predicted classes, matched to the true ones; of TWIST's own head, and of k-means
-(10 clusters, best of 10 starts) on the L2-normalised features of the 60,000 training images, which any
-backbone has. 20-NN, linear: as in fashion_mnist.py. Minutes: training, starting up included.
-SEED: a larger network, pre-trained by TWIST, teaches a resnet8, whose rows without a teacher are those above.
+ACC: predicted classes of the 10,000 test images, matched to the true ones. The predictions are those of
+TWIST's head, or of k-means on the L2-normalised features of the training images (10 clusters, best of 10
+starts), which any backbone has. 20-NN, linear: as in fashion_mnist.py. Minutes: training and its start-up.
+SEED: a larger network, pre-trained by TWIST, teaches a resnet8. The other rows have no teacher.
 """
 
 import argparse
@@ -29,23 +29,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from fashion_mnist import knn_accuracy, linear_accuracy  # noqa: E402
 
 import pretrain  # noqa: E402
-from checkpoint import UserError, load_pretrained, load_twist, parse_args, run, write_atomically  # noqa: E402
+from checkpoint import UserError, load_pretrained, load_twist, write_atomically  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
-from data import Batches, build_dataset, build_views, eval_batches, input_of  # noqa: E402
+from data import Batches, build_dataset, eval_batches, input_of  # noqa: E402
 from knn import extract_features  # noqa: E402
 from model import build_backbone  # noqa: E402
 from optim import param_groups, warmup_cosine  # noqa: E402
+from run import launch, parse_args  # noqa: E402
+from views import build_views  # noqa: E402
 
-COMMANDS = {      # trained by a stage, as a user types it
+COMMANDS = {      # methods that a stage trains, by the command that a user types
     "TWIST": ["pretrain.py", "--knn-every", "0"],
-    "Barlow Twins": ["pretrain.py", "@recipes/fashion_mnist_barlow.txt", "--knn-every", "0"],
+    "Barlow Twins": ["barlow.py", "@recipes/fashion_mnist_barlow.txt", "--knn-every", "0"],
     "SEED teacher": ["pretrain.py", "@recipes/fashion_mnist_teacher.txt", "--knn-every", "0"],
     "SEED student": ["distill.py", "@recipes/fashion_mnist_seed.txt"],
 }
-# Trained by `train` below: lightly's loss, its arguments, widths of the projector, peak learning rate. The
-# best of four each by 20-NN of 10,000 training images against the other 50,000, after one epoch, seed 0.
-# SimCLR: at T .1 .847; .2 .844, and .844 at a rate of 4e-3; .5 .836. VICReg: 512 wide .847, .846 at 4e-3,
-# .842 at 2e-3; 1024 wide at 2e-3 .841. That of Barlow Twins is in its recipe; TWIST's is the default.
+# Methods that `train` trains: lightly's loss, its arguments, widths of the projector, peak learning rate.
+# Each is the best of four by 20-NN of 10,000 training images against the other 50,000, after one epoch with
+# seed 0. SimCLR: T = 0.1 gave 0.847; T = 0.2 gave 0.844, also at a rate of 4e-3; T = 0.5 gave 0.836. VICReg:
+# 512 wide gave 0.847, at 4e-3 0.846 and at 2e-3 0.842; 1024 wide at 2e-3 gave 0.841. The settings of Barlow
+# Twins are in its recipe, those of TWIST are the defaults.
 LOOPS = {
     "SimCLR": ("NTXentLoss", dict(temperature=0.1), (512, 128), 2e-3),
     "VICReg": ("VICRegLoss", dict(), (512, 512, 512), 8e-3),
@@ -53,15 +56,16 @@ LOOPS = {
 
 
 def lightly_loss(name, arguments):
+    """A loss of the package lightly. Raises UserError if it is not installed."""
     try:
         import lightly.loss
     except ImportError:
-        raise UserError(f"{name} is lightly's: pip install --no-deps lightly==1.6.0") from None
+        raise UserError(f"{name}: needs the package lightly: pip install --no-deps lightly==1.6.0") from None
     return getattr(lightly.loss, name)(**arguments)
 
 
 def projector(width, *widths):
-    """Linear-BN-ReLU for each width but the last, which is linear only; as in SimCLR and VICReg."""
+    """The projector of SimCLR and VICReg: Linear, BN, ReLU for each width; the last is a Linear only."""
     layers = []
     for outputs in widths:
         layers += [nn.Linear(width, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
@@ -70,9 +74,10 @@ def projector(width, *widths):
 
 
 def train(loss_function, widths, lr, dataset, args, seed):
-    """A backbone, trained by loss_function(z1, z2) of two views' embeddings [B, D]: pretrain.py's loop, bare.
+    """Trains a backbone by the loop of pretrain.py without its Run; returns it.
 
-    args: the flags of pretrain.py, which hold for both loops. lr: at the peak, not scaled by the batch.
+    loss_function(z1, z2): of two views' embeddings, each [B, D]. widths: of the projector. args: the flags of
+    pretrain.py. lr: peak learning rate, not scaled by the batch size.
     """
     torch.manual_seed(seed)
     backbone = build_backbone(args.arch)
@@ -88,7 +93,8 @@ def train(loss_function, widths, lr, dataset, args, seed):
     for step in range(total_steps):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, total_steps, warmup_steps, lr, 0.001 * lr)
-        z1, z2 = (network(x) for x in views(*batches[step]))       # each with batch statistics of its own
+        images, uniforms, _ = batches[step]
+        z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
         loss = loss_function(z1, z2)
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +105,7 @@ def train(loss_function, widths, lr, dataset, args, seed):
 
 
 def trained(method, seed, train_set, folder):
-    """(backbone, flags it was trained with, the network if it ends in ten classes) of a method and seed."""
+    """Trains a method with a seed: (backbone, its configuration, the Twist if it has ten classes or None)."""
     if method in LOOPS:
         name, arguments, widths, lr = LOOPS[method]
         args = parse_args(pretrain.get_parser(), [])
@@ -135,7 +141,7 @@ def result(method, seed, train_set, test_set, folder):
 
 
 def table(results):
-    """One line a method: of each column the mean over the seeds (least to greatest)."""
+    """Prints one row per method: the mean of each column over the seeds, and (least to greatest)."""
     print("| method | seeds | ACC | ACC, k-means | 20-NN | linear | minutes |\n" + "|---" * 7 + "|")
     for method in sorted({r["method"] for r in results}, key=[*COMMANDS, *LOOPS].index):
         rows = [r for r in results if r["method"] == method]
@@ -157,7 +163,7 @@ def get_parser():
 
 def main(args):
     for method in set(args.methods) & set(LOOPS):
-        lightly_loss(*LOOPS[method][:2])                # what is missing is told before hours of training
+        lightly_loss(*LOOPS[method][:2])                # fails now if it is missing, not after hours
     folder = Path(args.output_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
@@ -173,4 +179,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, get_parser())
+    launch(main, get_parser())

@@ -22,11 +22,12 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
-from views import per_sample_view
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import PICTURES, VIEWS, Batches, build_dataset, build_views  # noqa: E402
+from benchmarks.views import per_sample_view  # noqa: E402
+from data import PICTURES, Batches, build_dataset  # noqa: E402
+from views import VIEWS, build_views  # noqa: E402
 
 SIZE, MEAN, STD = PICTURES
 LOCAL_SIZE, NUM_LOCAL, BATCH, IMAGES, ROUNDS = 96, 12, 32, 64, 5
@@ -88,7 +89,7 @@ def main():
         v2_views = [v2_view(size, **kwargs) for size, kwargs in zip(SIZES, RECIPES, strict=True)]
         views = build_views("multicrop", MEAN, STD, SIZE, LOCAL_SIZE, NUM_LOCAL)
         batches = Batches(dataset, BATCH, views, seed=0)
-        cut = [batches[step] for step in range(IMAGES // BATCH)]
+        cut = [batches[step][:2] for step in range(IMAGES // BATCH)]
         ways = {"published, v1 on Pillow": lambda: published(paths, v1_views),
                 "v2 on tensors": lambda: by_v2(dataset, v2_views),
                 "ours, decoding alone": lambda: (dataset[i] for i in range(IMAGES)),

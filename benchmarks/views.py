@@ -20,10 +20,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import INPUTS, VIEWS, Batches, build_dataset, build_views  # noqa: E402
+from data import INPUTS, Batches, build_dataset  # noqa: E402
 from loss import twist_loss  # noqa: E402
 from model import Twist  # noqa: E402
 from optim import param_groups  # noqa: E402
+from views import VIEWS, build_views  # noqa: E402
 
 BATCH, WORKERS = 128, 2
 ROUNDS, BATCHES, STEPS = 5, 20, 60             # rounds of so many batches; training steps
@@ -76,7 +77,8 @@ def batched_rate(batches, views):
     """Images a second, from the data set to the network's input."""
     start = time.perf_counter()
     for step in range(BATCHES):
-        views(*batches[step])
+        images, uniforms, _ = batches[step]
+        views(images, uniforms)
     return BATCHES * BATCH / (time.perf_counter() - start)
 
 
@@ -88,7 +90,8 @@ def step_seconds(batches, views):
     seconds = []
     for step in range(STEPS + 3):
         start = time.perf_counter()
-        x = views(*batches[step])
+        images, uniforms, _ = batches[step]
+        x = views(images, uniforms)
         made = time.perf_counter()
         loss = twist_loss(model(x)).total
         optimizer.zero_grad()

@@ -1,11 +1,14 @@
-"""Scripts of this project in processes of their own, alone or as the ranks of one run.
+"""Runs the scripts of this project in processes of their own, and reads what they wrote.
 
-They are forks of a server that has imported what they need: that takes longer than most of these runs.
+The processes are forks of a server that has imported torch and the scripts: importing takes longer than most
+of these runs.
 """
 
 import atexit
 import functools
 import importlib
+import inspect
+import json
 import multiprocessing
 import os
 import shlex
@@ -20,9 +23,22 @@ import pytest
 import torch
 
 import checkpoint
+import pretrain
+from model import build_network
+from run import launch, parse_args
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("pretrain", "selflabel", "distill", "lincls", "semisup")
+STAGES = {                       # flags of a run of 24 steps or 33; {network} is a checkpoint of pretrain
+    "pretrain": "--data fake --image-size 16 --batch-size 40 --epochs 2 --hidden-dim 32 --ema 0.9 "
+                "--knn-every 0",
+    "barlow": "--data fake --image-size 16 --batch-size 40 --epochs 2 --hidden-dim 32 --knn-every 0",
+    "selflabel": "--checkpoint {network} --batch-size 40 --epochs 2 --ema 0.9",
+    "distill": "--teacher {network} --batch-size 40 --epochs 2 --queue-size 120 --num-local 1",
+    "lincls": "--checkpoint {network} --batch-size 40 --epochs 3 --lrs 0.3 3",
+    "semisup": "--checkpoint {network} --batch-size 32 --epochs 3 --label-fraction 0.5",
+}
+OFTEN = "--print-every 2 --save-every 3"
+PATIENCE = 1800                  # seconds for what takes a few, as the machine may be doing other work
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", *STAGES, "cluster_eval", "knn", "svm", "matplotlib.pyplot"])
 STARTED = []
@@ -61,7 +77,7 @@ def in_fork(words, output, ranks, prepare):
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)        # for its readers, as it is in a plain process
+    multiprocessing.set_start_method("fork", force=True)        # for its workers, as in a plain process
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
     sys.argv = words
     if ranks > 1:
@@ -69,7 +85,7 @@ def in_fork(words, output, ranks, prepare):
     if prepare:
         prepare()
     script = importlib.import_module(words[0].removesuffix(".py"))
-    checkpoint.run(script.main, script.get_parser())
+    launch(script.main, script.get_parser())
 
 
 class Started:
@@ -87,7 +103,7 @@ class Started:
     def poll(self):
         return self.process.exitcode
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=PATIENCE):
         self.process.join(timeout)
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
@@ -95,7 +111,7 @@ class Started:
         return self.poll()
 
     def send_signal(self, signum):
-        """To the process itself, not to its readers; of several ranks to all."""
+        """To the process itself, not to its workers; of several ranks to all."""
         if self.poll() is None:
             (os.killpg if self.ranks > 1 else os.kill)(self.pid, signum)
 
@@ -131,7 +147,12 @@ def run(command, code=0, **kwargs):
     return finish(start(command, **kwargs), code)
 
 
-def wait_until(true, process, seconds=120, pause=0.005):
+def begin(stage, flags, out, **kwargs):
+    """start() of a stage with an output folder."""
+    return start(f"{stage}.py {flags} --output-dir {out}", **kwargs)
+
+
+def wait_until(true, process, seconds=PATIENCE, pause=0.005):
     """Whether something became true before the process ended."""
     deadline = time.time() + seconds
     while not true():
@@ -144,3 +165,75 @@ def wait_until(true, process, seconds=120, pause=0.005):
 
 def wait_for(path, process):
     assert wait_until(path.exists, process), process.said()
+
+
+def bounds_of(action):
+    """low, kind and below of a parser's flag whose type is at_least(low, kind, below); {} of others."""
+    found = inspect.getclosurevars(action.type).nonlocals if inspect.isfunction(action.type) else {}
+    return {name: found[name] for name in ("low", "kind", "below") if name in found}
+
+
+# ---------------------------------------------------------------- what a run wrote
+def saved_network(path, flags="--data fake --arch resnet8"):
+    """Writes a checkpoint of an untrained network, as pretrain.py with these flags would begin; its path."""
+    torch.manual_seed(0)
+    config = vars(parse_args(pretrain.get_parser(), shlex.split(f"--hidden-dim 32 {flags}")))
+    checkpoint.save_checkpoint(path, dict(model=build_network(config).state_dict(), config=config, step=1))
+    return path
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def log_lines(folder):
+    """The whole lines of a log, also of a run that is writing it; none yet if there is no log."""
+    path = folder / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+
+def losses(folder):
+    """The entries of training steps in a log."""
+    return [line for line in log_lines(folder) if "loss" in line]
+
+
+def resumed_from(folder):
+    """The steps that a run was resumed from."""
+    return [line["resumed_from"] for line in log_lines(folder) if "resumed_from" in line]
+
+
+def same(a, b):
+    """Whether two checkpoints (nested dicts and lists of tensors) are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+
+
+def content(path):
+    """A file of a run without what may differ between equal runs: folder, workers, speed, memory."""
+    if path.suffix == ".pth":
+        state = torch.load(path, weights_only=True)
+        for name in {"output_dir", "workers"} & state.get("config", {}).keys():
+            del state["config"][name]
+        return state
+    if path.name == "metrics.json":
+        of_the_machine = ("images_per_s", "waiting", "memory_mib")
+        return {key: value for key, value in metrics_of(path.parent).items() if key not in of_the_machine}
+    return path.read_bytes() if path.suffix in (".csv", ".txt") else None
+
+
+def assert_same_run(a, b):
+    """All files of two runs are equal: weights, optimizer, random states, queues, metrics, predictions."""
+    names = {path.name for path in a.iterdir()}
+    assert names == {path.name for path in b.iterdir()}
+    for name in names:
+        assert same(content(a / name), content(b / name)), name

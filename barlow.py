@@ -1,0 +1,210 @@
+"""Barlow Twins pre-training (arXiv 2103.03230): embeddings whose dimensions agree and do not repeat another.
+
+    python barlow.py                                          the embedded Fashion-MNIST, on CPU or GPU
+    python barlow.py --data my/pictures --hidden-dim 1024     your own folder
+    torchrun --nproc-per-node 8 barlow.py @recipes/barlow_twins.txt --data IMAGENET
+
+Two augmented views of each image go through one network that ends in D numbers. Each number is compared with
+all others over the batch. The loss asks that the two views agree in each dimension (invariance) and that no
+dimension repeats another (redundancy). There are no classes. `diff pretrain.py barlow.py` shows the method.
+
+The default run takes about 2 minutes on two CPU cores. Its 20-NN accuracy is about 0.84.
+"""
+
+import argparse
+import datetime
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import UserError
+from data import Batches, build_dataset, input_of, num_workers, own_group
+from knn import knn_accuracy, knn_images
+from loss import barlow_twins_terms
+from model import ARCHS, build_network, watch_logits, zero_init_residual
+from optim import LARS, cosine, param_groups, warmup_cosine
+from pictures import draw_curves
+from run import DEVICES, HelpFormatter, Run, at_least, launch
+from views import VIEWS, build_views, pick_views
+
+LINE = "loss {loss:.3f} invariance {invariance:.3f} redundancy {redundancy:.1f} std {std_col:.2f}"
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("data and views").add_argument
+    add("--data", default="fashion-mnist",
+        help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of pictures")
+    add("--data-dir", default="datasets", help="folder of torchvision's data sets")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
+        "that data set, barlow for others")
+    add("--image-size", type=at_least(0), default=0,
+        help="pixels of a crop; 0: the data set's own, 224 for files")
+    add("--mean", type=at_least(0, float), nargs="+", metavar="M",
+        help="mean of the pixels (0 to 1), one number or three; without it the data set's own")
+    add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
+        help="standard deviation of the pixels, one number or three; without it the data set's own")
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="resnet8", choices=ARCHS, help="backbone")
+    add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
+    add("--hidden-dim", type=at_least(1), default=512, help="D, width of the projector and the embedding")
+    add("--zero-init-residual", action="store_true", help="start the residual branches of a ResNet at 0")
+    add("--drop-path", type=at_least(0, float, 1), default=0.0,
+        help="stochastic depth of a ViT's last block, falling to 0 at the first")
+    add = parser.add_argument_group("loss").add_argument
+    add("--lambd", type=at_least(0, float), default=0.0051, help="weight of redundancy")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", default="adamw", choices=("lars", "adamw", "sgd"), help="update rule")
+    add("--epochs", type=at_least(1), default=2, help="passes over the data")
+    add("--batch-size", type=at_least(2), default=128, help="images in a step, of all processes together")
+    add("--lr", type=at_least(0, float), default=4e-3,
+        help="peak learning rate for batch size 256; scaled linearly for others")
+    add("--bias-lr", type=at_least(0, float), default=1.0,
+        help="learning rate of biases and norms, as a multiple of --lr")
+    add("--warmup-epochs", type=at_least(0, float), default=0.1, help="epochs of linear warm-up")
+    add("--weight-decay", type=at_least(0, float), default=1e-4, help="of weight matrices and kernels")
+    add("--weight-decay-end", type=at_least(0, float),
+        help="weight decay at the end, reached by a cosine; without it --weight-decay throughout")
+    add("--momentum", type=at_least(0, float, 1), default=0.9, help="of LARS and SGD, first beta of AdamW")
+    add("--beta2", type=at_least(0, float, 1), default=0.99, help="second beta of AdamW")
+    add("--clip-norm", type=at_least(0, float), default=0.0,
+        help="largest norm of the gradient; 0: no clipping")
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default="runs/barlow", help="folder for everything that is written")
+    add("--resume", default="auto", metavar="auto|never|FILE",
+        help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
+    add("--overwrite", action="store_true", help="start anew in a used --output-dir")
+    add("--seed", type=at_least(0), default=0, help="of initial weights, order of the images, and views")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision; auto: bf16 on CUDA, else off")
+    add("--workers", type=at_least(-1), default=-1,
+        help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
+    add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
+    add("--print-every", type=at_least(1), default=50, help="steps between lines of the log")
+    add("--knn-every", type=at_least(0), default=1,
+        help="epochs between checks of the 20-NN accuracy, which uses labels; 0: none")
+    add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
+    return parser
+
+
+def check(args, dataset, world_size):
+    """Raises UserError for flags that do not go together; each by itself is checked by its type."""
+    for name in ("mean", "std"):
+        if len(getattr(args, name) or (0,)) not in (1, 3):
+            raise UserError(f"--{name}: one number for all channels or three")
+    if args.small_images and not args.arch.startswith("resnet"):
+        raise UserError(f"--small-images: {args.arch} is not a ResNet")
+    if args.batch_size % world_size:
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+    if args.batch_size > len(dataset):
+        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images")
+
+
+def main(args):
+    # ---------------------------------------------------------------- ddp: torchrun sets these variables
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    torch.manual_seed(args.seed)
+
+    # ---------------------------------------------------------------- data
+    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir)
+    config = dict(vars(args), loss="barlow", pictures=dataset.files)      # a checkpoint keeps it
+    check(args, dataset, world_size)
+    size, mean, std = input_of(config)
+    recipe = pick_views(args.views, args.data, published="barlow")
+    views = build_views(recipe, mean, std, size, arch=config["arch"])
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
+    total_steps = args.epochs * batches.steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
+
+    # ---------------------------------------------------------------- model
+    if world_size > 1:                       # before the model: its batch norms see that there are others
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(seconds=args.timeout))
+    model = build_network(config, args.drop_path).to(device, memory_format=torch.channels_last)
+    if args.zero_init_residual:
+        zero_init_residual(model.backbone)
+    ddp = DistributedDataParallel(model) if world_size > 1 else model
+    torch.manual_seed(args.seed + rank)      # from here on noise (drop path) should differ between ranks
+
+    # ---------------------------------------------------------------- optimizer
+    groups = param_groups(model, args.weight_decay)
+    if args.optimizer == "lars":
+        optimizer = LARS(groups, lr=0.0, momentum=args.momentum)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2))
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # ---------------------------------------------------------------- resume
+    run = Run(args, "barlow", device, total_steps, batches.steps_per_epoch, config)
+    run.track(model=model, optimizer=optimizer, scaler=scaler)
+    loader = iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
+        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        generator=torch.Generator()))        # else it draws from the generator that drop path uses
+    watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
+    health = watch_logits(model.projector[-1], run, scaler)
+
+    # ---------------------------------------------------------------- train
+    run.say(f"{len(dataset):,} images, {len(views)} views of each; peak learning rate {peak_lr:g}")
+    model.train()
+    for step in run.steps():                 # saves; ends the run on a signal or a number that is not finite
+        lr = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
+        for group, factor in zip(optimizer.param_groups, (1, args.bias_lr), strict=True):
+            group["lr"] = lr * factor
+        if args.weight_decay_end is not None:
+            optimizer.param_groups[0]["weight_decay"] = cosine(step, total_steps, args.weight_decay,
+                                                               args.weight_decay_end)
+
+        # ---- one training step: B images of this process, 2 views, D dimensions
+        images, uniforms, _ = run.next(loader)
+        x = views(images, uniforms, device)                                       # 2 × [B, 3, h, w]
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
+            z1, z2 = ddp(x)                                                       # each [B, D]
+        loss = barlow_twins_terms(z1, z2, args.lambd)
+        optimizer.zero_grad()
+        scaler.scale(loss.total).backward()
+        scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
+        scaler.step(optimizer)               # leaves the step out if fp16 overflowed
+        scaler.update()
+        run.watch(loss, norm)
+
+        if run.logging:
+            entry = describe(loss, health, args.hidden_dim)
+            if watched and run.epoch_ends and run.epoch % args.knn_every == 0:
+                entry["knn_monitor"] = knn_accuracy(run.backbone, *watched, args, device)
+                run.say(f"epoch {run.epoch}: 20-NN accuracy {entry['knn_monitor']:.4f} (uses labels: "
+                        "to watch, not to choose by)")
+            run.log(LINE, **entry, lr=lr)
+
+    # ---------------------------------------------------------------- save
+    if rank == 0:
+        draw_curves(run.out / "curves.png", run.entries(), config)
+    run.done(files=["curves.png"])
+
+
+def describe(loss, health, D):
+    """An entry of the log: the terms of the loss, the health of the step, and the name of a collapse."""
+    total, invariance, redundancy = (value.item() for value in loss)
+    entry = dict(loss=total, invariance=invariance, redundancy=redundancy)
+    if redundancy > 0.98 * D * (D - 1):      # every dimension varies like every other
+        entry["collapsed"] = "one-dimension"
+    elif redundancy < 1e-4 * D * (D - 1) and invariance > 0.9 * D:
+        entry["collapsed"] = "constant"      # no dimension varies: the variance is below the loss's epsilon
+    return entry | {name: value.item() for name, value in health.items()}
+
+
+if __name__ == "__main__":
+    launch(main, get_parser())

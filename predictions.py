@@ -1,0 +1,245 @@
+"""Predictions of a network or of another program: made and scored by several processes, read, written.
+
+With several processes, each one has the images rank::world_size of a set, so that every image counts once.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpoint import UserError, write_atomically
+
+DIVERGED, UNREADABLE = -1, -2    # take the place of a predicted class
+
+
+# ---------------------------------------------------------------- of a classifier, by several processes
+@torch.no_grad()
+def classify(model, batches):
+    """The five likeliest classes [n, ..., 5], by a model that maps a batch to logits [B, ..., C].
+
+    DIVERGED where a logit is not finite. The model is in evaluation mode here, in training mode afterwards.
+    """
+    model.eval()
+    classes = []
+    for x in batches:
+        logits = model(x)
+        top = logits.topk(min(5, logits.shape[-1])).indices
+        classes.append(top.where(logits.isfinite().all(-1, keepdim=True), DIVERGED))
+    model.train()
+    return torch.cat(classes)
+
+
+def accuracies(classes, labels, world_size=1):
+    """Top-1 and top-5 [2, ...] of all images, from each process's classes [n, ..., 5] and labels [n]."""
+    hits = classes == labels.to(classes.device).view(-1, *[1] * (classes.dim() - 1))
+    top1 = hits[..., 0].sum(0)
+    sums = torch.stack([top1, hits.any(-1).sum(0), torch.full_like(top1, len(hits))])
+    if world_size > 1:
+        dist.all_reduce(sums)
+    sums = sums.cpu().double()
+    return sums[:2] / sums[2]
+
+
+def gather(mine, dataset, world_size):
+    """Rows of all images of a set, in order, from each process's rows of its readable ones, rank::world_size.
+
+    Rows of unreadable images are UNREADABLE throughout.
+    """
+    rank = dist.get_rank() if world_size > 1 else 0
+    readable = dataset.is_readable[rank::world_size].nonzero()[:, 0].to(mine.device)
+    rows = mine.new_full((math.ceil(len(dataset) / world_size), *mine.shape[1:]), UNREADABLE)
+    rows[readable] = mine
+    if world_size == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(parts, rows)
+    return torch.stack(parts, 1).flatten(0, 1)[:len(dataset)]
+
+
+def write_predictions(path, dataset, predictions):
+    """A .csv of the readable images, in order, which cluster_eval.py --predictions reads, too."""
+    names = range(len(dataset)) if dataset.images is not None else map(os.fsdecode, dataset.paths)
+    rows = zip(names, dataset.labels.tolist(), predictions.tolist(), strict=True)
+    text = io.StringIO()
+    csv.writer(text).writerow(("image", "label", "prediction"))
+    csv.writer(text).writerows(row for row in rows if row[2] != UNREADABLE)
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+# ---------------------------------------------------------------- of any program, from files
+def read_predictions(path):
+    """(labels [N], predictions [N], probabilities [N, K] or None, class names, cluster names, remarks).
+
+    A .csv has columns `label` and `prediction`; an .npz has arrays `labels` and `predictions`, or
+    probabilities [N, K] instead of predictions. Each name is read in singular and plural. Labels and
+    predictions are integers or strings, and are numbered from 0 here; with probabilities, predictions are
+    column numbers of these. Negative predictions are noise, as in scikit-learn's DBSCAN, and become -1.
+    Raises UserError that names the column.
+    """
+    columns = _read_columns(path)
+    labels = columns.get("labels", columns.get("label"))
+    predictions = columns.get("predictions", columns.get("prediction"))
+    probabilities = columns.get("probabilities")
+    matrix = np.ndim(probabilities) == 2 and probabilities.size > 0 and probabilities.dtype.kind in "fiu"
+    if predictions is None and matrix:
+        predictions = probabilities.argmax(1)
+    if labels is None or predictions is None:
+        missing = "labels" if labels is None else "predictions"
+        raise UserError(f"--predictions {path}: has no column '{missing}' (there are: {', '.join(columns)})")
+    problem = _problem(labels, predictions, probabilities)
+    if problem:
+        raise UserError(f"--predictions {path}: {problem}")
+
+    remarks, noise = [], np.zeros(len(labels), bool)
+    if predictions.dtype.kind == "i":
+        noise = predictions < 0
+    if noise.any():
+        remarks.append(f"{noise.sum():,} predictions ({noise.mean():.1%}) are negative, that is noise: in no "
+                       "cluster, so wrong for every ACC; for NMI, AMI, ARI and FMI a cluster of their own")
+    class_names, labels = np.unique(labels, return_inverse=True)
+    if probabilities is None:
+        cluster_names, ids = np.unique(predictions[~noise], return_inverse=True)
+        predictions = np.full(len(labels), -1)
+        predictions[~noise] = ids
+    else:
+        cluster_names = np.arange(probabilities.shape[1])
+    for what, names in (("classes", class_names), ("clusters", cluster_names)):
+        if len(names) and names.dtype.kind in "iu" and names[-1] != len(names) - 1:
+            remarks.append(f"{len(names):,} {what} with ids from {names[0]} to {names[-1]}")
+    return labels, predictions, probabilities, [str(n) for n in class_names], cluster_names.tolist(), remarks
+
+
+def _problem(labels, predictions, probabilities):
+    """What is wrong with the columns of a file; None if nothing is."""
+    for name, ids in (("labels", labels), ("predictions", predictions)):
+        if ids.ndim != 1 or len(ids) == 0:
+            return f"column '{name}' is empty or not one-dimensional"
+        if ids.dtype.kind not in "iuUb":
+            return f"column '{name}' has gaps, or no integers or strings"
+    if len(predictions) != len(labels):
+        return f"{len(labels)} labels, but {len(predictions)} predictions"
+    if probabilities is not None:
+        if probabilities.ndim != 2 or probabilities.size == 0 or probabilities.dtype.kind not in "fiu":
+            return "column 'probabilities' is not two-dimensional, or no numbers"
+        if len(probabilities) != len(labels):
+            return f"{len(labels)} labels, but {len(probabilities)} probabilities"
+        if not (probabilities.min() >= 0 and probabilities.max() < np.inf):       # false for NaN
+            return "column 'probabilities' has NaN, infinite or negative values"
+        if predictions.dtype.kind not in "iu" or predictions.max() >= probabilities.shape[1]:
+            return "column 'predictions' has to hold column numbers of 'probabilities'"
+    if labels.dtype.kind == "i" and labels.min() < 0:
+        return f"column 'labels' has {labels.min()}; leave such images out"
+    return None
+
+
+def _read_columns(path):
+    """{name: array} of a .csv or .npz file."""
+    path = Path(path)
+    if path.suffix not in (".csv", ".npz"):
+        raise UserError(f"--predictions {path}: expected a .csv or .npz file")
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                rows = list(csv.reader(file))
+            return {name.strip(): _to_array(cells) for name, *cells in zip(*rows, strict=True)}
+        with zipfile.ZipFile(path) as file:              # a compressed megabyte may hold a gigabyte of zeros
+            unpacked = sum(record.file_size for record in file.infolist())
+        if unpacked > max(2 ** 30, 100 * path.stat().st_size):
+            raise ValueError(f"would take {unpacked / 2 ** 30:,.0f} GB of memory; save it by np.savez, "
+                             "which does not compress")
+        with np.load(path) as file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except Exception as error:   # whatever a damaged or hostile file makes zipfile and numpy raise
+        raise UserError(f"--predictions {path}: cannot be read ({error})") from None
+
+
+def _to_array(cells):
+    """A column of a .csv: integers if all cells are (3.0 is one), else strings; with a gap all NaN."""
+    cells = np.array([cell.strip() for cell in cells])
+    if any(cell.lower() in ("", "nan") for cell in cells):
+        return np.full(len(cells), np.nan)
+    try:
+        numbers = cells.astype(float)
+    except ValueError:
+        return cells
+    return numbers.astype(np.int64) if (numbers == np.floor(numbers)).all() else numbers
+
+
+def read_mapping(path, num_clusters, class_names):
+    """(mapping, class names) of a metrics.json; num_clusters: of the network; class_names: of --data or None.
+
+    Raises UserError if they do not fit.
+    """
+    try:
+        metrics = json.loads(Path(path).read_text())
+        mapping = metrics["mapping"]
+        names = [str(name) for name in metrics["class_names"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
+    allowed = range(-1, len(names))
+    valid = isinstance(mapping, list) and all(type(c) is int and c in allowed for c in mapping)
+    if valid:
+        matched = [c for c in mapping if c >= 0]
+        valid = len(set(matched)) == len(matched)
+    if not valid:
+        raise UserError(f"--map-from {path}: not a mapping of clusters to its {len(names)} classes, "
+                        "each one's at most once")
+    if len(mapping) != num_clusters:
+        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
+    if class_names is not None and names != class_names:
+        raise UserError(f"--map-from {path}: its classes are others than those of --data")
+    return mapping, names
+
+
+# ---------------------------------------------------------------- of clusters, in rows
+def describe_clusters(predictions, labels=None, mapping=None, class_names=None):
+    """A dict for each cluster with images, largest first: cluster, size.
+
+    With a mapping also class (None if unmatched); with labels majority (the most frequent class) and purity
+    (its share). A prediction of -1 is in no cluster.
+    """
+    sizes = np.bincount(predictions[predictions >= 0])
+    rows = []
+    for k in np.argsort(-sizes, kind="stable")[:np.count_nonzero(sizes)].tolist():
+        row = {"cluster": k, "size": int(sizes[k])}
+        if mapping is not None:
+            row["class"] = class_names[mapping[k]] if mapping[k] >= 0 else None
+        if labels is not None:
+            counts = np.bincount(labels[predictions == k])
+            row["majority"] = class_names[int(counts.argmax())]
+            row["purity"] = int(counts.max()) / row["size"]
+        rows.append(row)
+    return rows
+
+
+def write_assignments(path, probabilities, labels=None, mapping=None, class_names=None, files=None):
+    """Writes a CSV, a row for each image: its cluster and the probability of that; file and classes if known.
+
+    probabilities: [N, K]; labels: [N]; mapping: the class of each cluster or -1; files: N names, bytes.
+    """
+    rows = []
+    for i, p in enumerate(probabilities):
+        k = int(p.argmax())
+        row = {"index": i}
+        if files is not None:
+            row["file"] = os.fsdecode(files[i])
+        row |= {"prediction": k, "probability": f"{p[k]:.6f}"}
+        if mapping is not None:
+            row["mapped_label"] = mapping[k]
+            row["mapped_name"] = class_names[mapping[k]] if mapping[k] >= 0 else "unmatched"
+        if labels is not None:
+            row |= {"label": labels[i], "label_name": class_names[labels[i]]}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))

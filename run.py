@@ -1,0 +1,549 @@
+"""What surrounds training: `Run` (folder, checkpoints, log, signals), flag types, exit codes.
+
+A stage calls its Run; a Run never calls the stage. Delete it from a copied script and the loop still trains.
+"""
+
+import argparse
+import atexit
+import errno
+import fcntl
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from multiprocessing.util import register_after_fork
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpoint import (
+    UserError,
+    load_checkpoint,
+    load_last_checkpoint,
+    save_checkpoint,
+    to_stderr,
+    write_atomically,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # save, then exit with 128 + number
+MOST_OVERFLOWS = 20              # of fp16, in a row: a scale 2^20 times smaller did not help
+CHECK_EVERY = 50                 # the ranks agree at least every so many steps
+# These flags change where and how fast a run computes, not what; they may differ when it resumes.
+FREE_FLAGS = {"workers", "print_every", "save_every", "device", "amp", "output_dir", "timeout", "resume",
+              "overwrite", "data_dir"}
+RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
+             "log.jsonl", "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt",
+             "checkpoint.damaged.pth")
+
+
+# ---------------------------------------------------------------- flags
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
+def at_least(low, kind=int, below=math.inf):
+    """A type for add_argument: a finite number of this kind with low <= number < below."""
+    def number(text):
+        try:
+            value = kind(text)
+            if not low <= value < below or abs(value) > 2 ** 48 and kind is int:     # products fit 64 bits
+                raise ValueError
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text}: must be {words}") from None
+        return value
+    words = "a whole number" if kind is int else "a number"
+    words += f" of at least {low:g}" if low > -math.inf else ""
+    words += f" and below {below:g}" if below < math.inf else ""
+    return number
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a description, and names each default that is a value."""
+
+    def _get_help_string(self, action):
+        has_no_value = action.default is None or action.default is False
+        return action.help if has_no_value else super()._get_help_string(action)
+
+
+def parse_args(parser, argv=None):
+    """Parses flags and `@file`s, which hold lines of `--flag value` and # comments.
+
+    A later value wins, so flags behind an @file override it. `--num_classes` is read as `--num-classes`, and
+    the --local-rank of old launchers is ignored. A mistake is one line on stderr and exit code 2.
+    """
+    parser.fromfile_prefix_chars = "@"
+    parser.convert_arg_line_to_args = lambda line: _hyphens(line.split("#")[0].split())
+    parser.error = lambda message: _exit(parser.prog, message)
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
+    args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
+    del args.local_rank
+    if getattr(args, "amp", None) == "auto":
+        args.amp = "bf16" if args.device == "cuda" else "off"
+    return args
+
+
+def _hyphens(words):
+    """The words, with `-` for `_` in the names of flags, not in their values."""
+    spelled = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return spelled
+
+
+# ---------------------------------------------------------------- exit codes
+def launch(main, parser, argv=None):
+    """Parses the flags, runs main(args) and turns errors into one line and an exit code.
+
+    2: the user can mend it (UserError, a full disk, too little memory). 1: another process of the run was
+    lost, or a bug, which keeps its traceback. 130: Ctrl-C before the run can save.
+    """
+    args = parse_args(parser, argv)
+    rank, restarts, shared = (os.environ.get(name) for name in (
+        "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
+    if rank == "0" and restarts not in (None, "0") and shared == "True":
+        to_stderr("warning: ranks that torchrun restarts may not find each other; set "
+                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment to prevent that")
+    if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
+        # Python 3.14 would start workers from a server, which a signal to the process group kills
+        multiprocessing.set_start_method("fork")
+    try:
+        sys.exit(main(args))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:   # one from a data-loader worker ends in its message, below its traceback
+        _exit(parser.prog, str(error).strip().splitlines()[-1].removeprefix("checkpoint.UserError: "))
+    except (OSError, MemoryError, RuntimeError) as error:
+        message, code = _explain(error, args)
+        if message is None:
+            raise
+        _exit(parser.prog, message, code)
+
+
+def _exit(prog, message, code=2):
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if dist.is_initialized():    # from here on a mistake may be one rank's alone, so each rank speaks
+        message = f"rank {rank}: {message}" if dist.get_world_size() > 1 else message
+    elif local_rank != "0":      # before, every rank makes the same mistake: one line per machine is enough
+        sys.exit(code)
+    with suppress(OSError):      # stderr may be on the disk that is full; the exit code must still be right
+        to_stderr(f"{prog}: error: {message}")
+    sys.exit(code)
+
+
+def _explain(error, args):
+    """(line, exit code) for an error of the machine, (None, 1) for one of the program."""
+    said, out = str(error).strip() or type(error).__name__, getattr(args, "output_dir", "")
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
+            place = error.filename or f"standard output, or the log in {out}"
+            return f"{place}: cannot be written ({error.strerror})", 2
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
+        return f"not enough memory ({said.splitlines()[0][:120]}); try a smaller --batch-size", 2
+    elif worker := re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)[^.]*", said):
+        return (f"{worker[0]}; short of memory? Try fewer --workers; the same command resumes from the last "
+                "checkpoint"), 1
+    elif dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|nccl", said, re.I)):
+        return (f"another process of this run died or did not answer within --timeout {args.timeout:g} s "
+                f"({said.splitlines()[0][:160]}); the same command resumes from the last checkpoint"), 1
+    return None, 1
+
+
+# ---------------------------------------------------------------- a training run
+class Run:
+    """The folder, checkpoints, log and signals of a training run.
+
+        run = Run(args, "pretrain", device, total_steps, steps_per_epoch)
+        run.track(model=model, optimizer=optimizer)      # loads the folder's last checkpoint
+        for step in run.steps():                         # from where it stopped
+            images, ... = run.next(loader)
+            ...                                          # one training step
+            run.watch(loss, norm)
+            if run.logging:
+                run.log("loss {loss:.3f}", loss=..., lr=...)
+        run.done()
+
+    A checkpoint is saved every --save-every steps and after the last one. A loss, gradient or weight that is
+    not finite ends the process with code 3, a signal with 128 + its number, after saving. All ranks agree on
+    that by one small collective at steps that log or save, and at least every 50 steps; a single process
+    answers a signal after the step that it is in.
+    """
+
+    def __init__(self, args, stage, device, total_steps, steps_per_epoch, config=None):
+        """config: what a resumed run must have in common with this one; default: the flags."""
+        self.args, self.stage, self.device, self.out = args, stage, device, Path(args.output_dir)
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.config = vars(args) if config is None else config
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        state = [None]
+        if self.rank == 0:
+            # the lock is released when nobody refers to it any more, so it stays an attribute
+            self.lock, state[0] = open_output(args, stage, self.config)
+        if self.world_size > 1:                          # every rank resumes from what rank 0 read
+            dist.broadcast_object_list(state)
+        self.state, self.start, self.parts = state[0], 0, {}
+        self.caught, self.stopped_by, self.waited = [], None, 0.0
+        self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
+        self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
+        self.overflows = torch.zeros((), dtype=torch.long, device=device)        # of fp16, in a row
+        self.last_terms, self.lrs = None, {}
+
+    # ---- checkpoints
+    def track(self, **parts):
+        """Names the parts of a checkpoint and loads them if the run resumes.
+
+        parts: modules, optimizers, scalers, ... with a state_dict, or tensors; None is left out. `model` is
+        needed; `run.backbone` is that of `teacher`, else of `model`, and is written to backbone.pth.
+        """
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.backbone = getattr(self.parts.get("teacher", self.parts["model"]), "backbone", None)
+        if self.state is not None:
+            with refuse_misfit(self.args):
+                self.start = int(self.state["step"])
+                for name, part in self.parts.items():
+                    if isinstance(part, torch.Tensor):
+                        part.copy_(torch.as_tensor(self.state[name]))
+                    else:
+                        part.load_state_dict(self.state[name])
+                states = self.state.get("rng", ())
+                if len(states) == self.world_size:       # else a rank's noise is drawn anew
+                    set_rng_state(states[self.rank], self.device)
+            self.state = None                            # the memory is the parts' now
+        if self.start == self.total_steps and (self.args.resume != "auto" or
+                                               (self.out / "metrics.json").exists()):
+            self.say(f"{self.out}: this run is finished; --overwrite starts it anew")
+            self.end(0)
+        self.say(shlex.join(["python", *sys.argv]))
+
+    def save(self):
+        """Writes checkpoint.pth, and backbone.pth where the model has a backbone."""
+        rng = [rng_state(self.device)] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(rng, rng_state(self.device))
+        if self.rank > 0:
+            return
+        if self.backbone is not None:
+            write_atomically(self.out / "backbone.pth", self.backbone.state_dict())
+        if "teacher" in self.parts:
+            write_atomically(self.out / "backbone_student.pth", self.parts["model"].backbone.state_dict())
+        state = dict(step=self.step + 1, epoch=(self.step + 1) // self.steps_per_epoch, stage=self.stage,
+                     rng=rng, config=self.config)
+        for name, part in self.parts.items():
+            state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+        save_checkpoint(self.out / "checkpoint.pth", state)
+
+    # ---- steps
+    def steps(self):
+        """Yields the number of each step that is left, counted from 0.
+
+        Before each: `logging`, `saving`, `epoch_ends` (bool) and `epoch` (from 1) of this step are set.
+        """
+        if self.rank == 0:
+            self.file = open_log(self.out / "log.jsonl")
+            config = dict(self.config, device=str(self.device), world_size=self.world_size,
+                          steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+            command = shlex.join(["python", *sys.argv])
+            self.write(dict(resumed_from=self.start) if self.start else dict(command=command, config=config))
+        resumed = f"; resumed from step {self.start}" if self.start else ""
+        self.say(f"{self.total_steps - self.start:,} steps to go; {self.world_size} process(es) on "
+                 f"{self.device}, amp {self.args.amp}{resumed}")
+        for signum in SIGNALS:
+            signal.signal(signum, lambda signum, frame: self.caught.append(signum))
+        self.since, self.logged = time.time(), self.start
+        for step in range(self.start, self.total_steps):
+            self.step, done = step, step + 1
+            self.epoch = step // self.steps_per_epoch + 1
+            self.epoch_ends = done % self.steps_per_epoch == 0
+            self.logging = done % self.args.print_every == 0 or self.epoch_ends
+            self.saving = done % self.args.save_every == 0 or done == self.total_steps
+            yield step
+            if self.saving or self.stopped_by:
+                self.save()
+            if self.stopped_by:
+                self.write(dict(step=done, status=f"stopped by {self.stopped_by.name}, saved"))
+                self.say(f"stopped by {self.stopped_by.name} after step {done}, saved; "
+                         "the same command resumes")
+                self.end(128 + self.stopped_by)
+
+    def next(self, loader):
+        """next(loader). The log tells which share of the time a run waits for its loader (`waiting`)."""
+        before = time.time()
+        batch = next(loader)
+        self.waited += time.time() - before
+        return batch
+
+    @torch.no_grad()
+    def watch(self, loss, norm=None):
+        """Remembers the first step with a number that is not finite. Call it at the end of every step.
+
+        loss: a scalar, or a NamedTuple of scalars. norm: of the gradient; with fp16 a few in a row may
+        overflow. Nothing here waits for the device, but at the steps where the ranks agree.
+        """
+        terms = torch.stack([*loss]) if isinstance(loss, tuple) else loss[None]
+        terms, fp16 = terms.detach().float(), "scaler" in self.parts and self.parts["scaler"].is_enabled()
+        finite = terms.isfinite().all()
+        if norm is not None:
+            self.overflows = torch.where(norm.isfinite(), 0, self.overflows + 1)
+            finite = finite & (self.overflows < (MOST_OVERFLOWS if fp16 else 1))
+        good_so_far = self.bad_step < 0
+        last = terms if self.last_terms is None else self.last_terms
+        self.last_terms = torch.where(good_so_far & finite, terms, last)
+        self.bad_loss = torch.where(good_so_far, ~terms.isfinite().all(), self.bad_loss)
+        self.bad_step = torch.where(good_so_far & ~finite, self.step + 1, self.bad_step)
+        self.lrs[self.step + 1] = self.parts["optimizer"].param_groups[0]["lr"]
+        heard = self.world_size == 1 and self.caught
+        if self.logging or self.saving or (self.step + 1) % CHECK_EVERY == 0 or heard:
+            self.agree(getattr(loss, "_fields", ("loss",)), weights=norm is not None)
+            self.seconds = time.time() - self.since      # the device has caught up here, so this is right
+
+    def agree(self, names, weights):
+        """All ranks learn what one has seen. Ends the run if that was a number that is not finite."""
+        sound = torch.ones((), dtype=torch.bool, device=self.device)
+        if weights:
+            sound = torch.stack([w.isfinite().all() for w in self.parts["model"].parameters()]).all()
+        signals = [float(signum in self.caught) for signum in SIGNALS]
+        seen = torch.stack([self.bad_step, self.bad_loss, ~sound]).float()
+        seen = torch.cat([torch.tensor(signals, device=self.device), seen])
+        if self.world_size > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        *signals, bad_step, bad_loss, bad_weights = seen.tolist()
+        if bad_step > 0 or bad_weights:
+            step = int(bad_step) if bad_step > 0 else self.step + 1
+            what = "weights are" if bad_step < 0 else "gradient is"
+            what = "loss is" if bad_loss else what
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in
+                              zip(names, self.last_terms.tolist(), strict=True))
+            self.write(dict(step=step, status=f"non-finite {what.split()[0]}"))
+            self.end(3, f"at step {step} the {what} not finite (lr {self.lrs[step]:.3g}, amp "
+                        f"{self.args.amp}, last finite {terms}); the checkpoint in {self.out} is from "
+                        "before; try a lower learning rate")
+        self.lrs.clear()
+        self.stopped_by = next((s for s, sent in zip(SIGNALS, signals, strict=True) if sent), None)
+
+    # ---- the log
+    def log(self, line, **numbers):
+        """Adds a line of numbers to log.jsonl and prints one to read.
+
+        line: a format string of those numbers that a reader watches. Speed and time to go are added here, or
+        instead of them what has collapsed, if `collapsed` is among the numbers.
+        """
+        done = self.step + 1
+        rate = (done - self.logged) * self.args.batch_size / self.seconds
+        entry = dict(epoch=self.epoch, step=done, **numbers, images_per_s=round(rate, 1),
+                     waiting=round(self.waited / self.seconds, 4), memory_mib=memory_mib(self.device))
+        self.write(entry)
+        eta = round((self.total_steps - done) * self.args.batch_size / rate)
+        tail = f"{rate:.0f} images/s, ETA {eta // 60}:{eta % 60:02}"
+        if "collapsed" in numbers:
+            tail = f"collapsed: {numbers['collapsed']}"
+        self.say(f"step {done}/{self.total_steps} | {line.format(**numbers)} | {tail}",
+                 keep=self.epoch_ends or "collapsed" in numbers)
+        self.logged, self.waited, self.since = done, 0.0, time.time()
+
+    def average(self, **tensors):
+        """{name: tensor on the CPU}: means of each tensor over the ranks, by one collective."""
+        flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
+        if self.world_size > 1:
+            dist.all_reduce(flat)
+            flat /= self.world_size
+        parts = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
+        return {name: part.view(tensor.shape)
+                for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+    def entries(self):
+        """The training lines of the log so far, a list of dicts."""
+        return list(read_log(self.out / "log.jsonl").values())
+
+    def write(self, entry):
+        """Appends an entry to log.jsonl."""
+        if self.rank == 0:
+            self.file.write(json.dumps(entry) + "\n")
+
+    def say(self, line, keep=True):
+        """Prints a line, once for all ranks. On a terminal the next one replaces it unless it is to keep."""
+        if self.rank > 0:
+            return
+        if not sys.stdout.isatty():
+            print(line, flush=True)
+        elif keep:
+            print(f"\r\033[K{line}", flush=True)
+        else:
+            width = shutil.get_terminal_size().columns - 1       # a line that wraps cannot be replaced
+            print(f"\r\033[K{line[:width]}", end="", flush=True)
+
+    # ---- the end
+    def done(self, metrics=None, files=()):
+        """Writes metrics.json (default: the last line of the log) and ends the process with code 0.
+
+        metrics.json says that a run is finished, so it is written last. files: others that the stage wrote.
+        """
+        if self.rank == 0:
+            metrics = metrics or read_log(self.out / "log.jsonl")[self.total_steps]
+            write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+            self.write(dict(step=self.total_steps, status="done"))
+            written = [name for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json")
+                       if (self.out / name).exists()]
+            self.say(f"done: {', '.join([*written, *files])} in {self.out}")
+        self.end(0)
+
+    def end(self, code, message=None):
+        """Ends all ranks together, so that none mistakes another's exit for a crash."""
+        if message and self.rank == 0:
+            self.say(f"ended at step {self.step + 1}")
+            to_stderr(f"{self.stage}.py: error: {message}")
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(code)
+
+
+def rng_state(device):
+    """States of the generators that a network's noise (drop path, dropout) comes from, a list of tensors."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_rng_state(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def memory_mib(device):
+    """Peak memory so far: of the CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+
+
+# ---------------------------------------------------------------- the output folder
+def open_output(args, stage, config):
+    """Makes and locks args.output_dir; returns (lock, checkpoint to resume from or None). For rank 0.
+
+    Nothing is written before it is known that the folder is not in use, holds nobody else's files, and
+    that its run has this configuration. A run that never saved is begun anew, whatever its flags were.
+    Raises UserError.
+    """
+    out, lock, state = Path(args.output_dir), None, None
+    config = dict(config, stage=stage)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--output-dir {out}: is not a folder")
+    if out.is_dir():
+        lock = _lock(out)
+        there = [name for name in RUN_FILES if (out / name).exists()]
+        if there and not args.overwrite:
+            if not {"config.json", "checkpoint.pth", "checkpoint.prev.pth"} & set(there):
+                raise UserError(f"--output-dir {out}: holds {there[0]}, which no run wrote; choose another, "
+                                "or --overwrite replaces it")
+            if args.resume == "never":
+                raise UserError(f"--output-dir {out}: holds a run already; choose another or add --overwrite")
+            state = load_last_checkpoint(out)
+            if state is not None:
+                refuse_difference(state, config, out)
+    if args.resume not in ("auto", "never"):
+        state = load_checkpoint(args.resume)
+        refuse_difference(state, config, args.resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock or _lock(out)
+        if state is None or args.overwrite:
+            for name in RUN_FILES[1:]:
+                (out / name).unlink(missing_ok=True)
+        write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    return lock, state
+
+
+def _lock(out):
+    try:
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
+    except OSError as error:     # some network file systems have no locks
+        to_stderr(f"warning: {out} cannot be locked ({error.strerror}): make sure that no other run uses it")
+    # workers inherit the open file, and those of a killed run outlive it by seconds
+    register_after_fork(lock, io.TextIOWrapper.close)
+    return lock
+
+
+def refuse_difference(state, config, where):
+    """Raises UserError that names the settings in which a checkpoint differs from the run that resumes it."""
+    before = {**state["config"], "stage": state.get("stage")}
+    keys = sorted((before.keys() & config.keys()) - FREE_FLAGS)
+    different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
+    if different:
+        raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); "
+                        "use the same flags, another --output-dir, or --overwrite")
+
+
+@contextmanager
+def refuse_misfit(args):
+    """While a checkpoint's parts are loaded: one that does not fit is a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).strip().splitlines()[-1].strip() or type(error).__name__
+        where = args.output_dir if args.resume == "auto" else args.resume
+        raise UserError(f"{where}: its parts are not those of a run with these flags "
+                        f"({type(error).__name__}: {said[:200]})") from None
+
+
+def make_evaluation_folder(path):
+    """The output folder of an evaluation; a new one that nothing is written into is removed at the end.
+
+    Raises UserError if it holds a training run or cannot be made.
+    """
+    out = Path(path)
+
+    def remove_if_empty():
+        with suppress(OSError):
+            out.rmdir()
+    if not out.exists():
+        atexit.register(remove_if_empty)
+    if (out / "checkpoint.pth").exists():
+        raise UserError(f"--output-dir {out}: holds a training run; choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+    return out
+
+
+def open_log(path):
+    """log.jsonl, to append to; half a line that a killed run left is cut off."""
+    log = open(path, "a+b", buffering=0)                 # a buffer would be left over when the disk is full
+    log.seek(0)
+    log.truncate(log.read().rfind(b"\n") + 1)
+    return io.TextIOWrapper(log, write_through=True)
+
+
+def read_log(path):
+    """{step: entry} of the training lines of a log; the later of two with the same step.
+
+    Lines that a crash of the machine left damaged are skipped.
+    """
+    entries = {}
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            entries |= {entry["step"]: entry} if "loss" in entry else {}
+    return entries

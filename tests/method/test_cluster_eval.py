@@ -1,0 +1,597 @@
+"""Scores equal scikit-learn's, published values and closed forms; pictures and files hold what they say."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import ROOT, metrics_of, saved_network
+from sklearn import metrics as sk
+
+import cluster_eval
+from checkpoint import UserError, save_checkpoint
+from cluster_eval import evaluate, evaluate_with_noise, expected_mutual_information, silhouette
+from data import build_dataset
+from model import Twist, reestimate_batch_norms
+from pictures import caption, confusion_matrix, draw_confusion_matrix, draw_contact_sheet, draw_top3
+from predictions import describe_clusters, read_predictions, write_assignments
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "cluster_eval.npz")
+
+
+def pairs():
+    """(name, labels, predictions): random and degenerate ones."""
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 7, 500)
+    noisy = np.where(rng.random(500) < 0.6, some, rng.integers(0, 7, 500))
+    yield "random", some, rng.integers(0, 7, 500)
+    yield "correlated", some, noisy
+    yield "permuted", some, (some * 3 + 2) % 7
+    yield "K > C", some, noisy * 3 + rng.integers(0, 3, 500)
+    yield "K < C", some, noisy // 2
+    yield "gaps in the ids", some * 5, noisy * 2 + 1
+    yield "one cluster", some, np.zeros(500, int)
+    yield "one class", np.zeros(500, int), some
+    yield "one of each", np.zeros(9, int), np.zeros(9, int)
+    yield "all but one in one part", np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0])
+    for n in (3, 10, 37, 60, 100, 500):
+        yield f"all {n} singletons", np.arange(n), rng.permutation(n)
+    yield "singleton clusters", rng.integers(0, 4, 60), np.arange(60)
+    yield "singleton classes", np.arange(60), rng.integers(0, 4, 60)
+    yield "one sample", np.array([0]), np.array([0])
+    yield "one sample, high ids", np.array([3]), np.array([5])
+    yield "two samples", np.array([0, 1]), np.array([1, 1])
+    yield "independent", np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    yield "unbalanced", (rng.random(3000) < 0.01).astype(int), (rng.random(3000) ** 6 * 20).astype(int)
+    yield "large parts", rng.integers(0, 2, 20_000), rng.integers(0, 3, 20_000)
+    yield "many parts", rng.integers(0, 200, 3000), rng.integers(0, 300, 3000)
+    yield "small integers", some.astype(np.uint8), noisy.astype(np.int16)
+
+
+@pytest.mark.parametrize("labels, predictions", [pytest.param(y, p, id=name) for name, y, p in pairs()])
+def test_equals_scikit_learn(labels, predictions):
+    ours = evaluate(labels, predictions)
+    assert ours["nmi"] == pytest.approx(sk.normalized_mutual_info_score(labels, predictions), abs=1e-12)
+    assert ours["ari"] == pytest.approx(sk.adjusted_rand_score(labels, predictions), abs=1e-12)
+    assert ours["fmi"] == pytest.approx(sk.fowlkes_mallows_score(labels, predictions), abs=1e-12)
+    assert ours["ami"] == pytest.approx(sk.adjusted_mutual_info_score(labels, predictions), abs=1e-9)
+    ami_max = sk.adjusted_mutual_info_score(labels, predictions, average_method="max")
+    assert ours["ami_max"] == pytest.approx(ami_max, abs=1e-9)
+    counts = sk.cluster.contingency_matrix(labels, predictions)
+    assert ours["acc_majority"] == pytest.approx(counts.max(0).sum() / len(labels), abs=1e-12)
+    assert ours["num_clusters_used"] == len(np.unique(predictions))
+
+
+def test_pair_counts_do_not_overflow():
+    labels = np.repeat([0, 1], [100_000, 150_000])       # pairs² is 4e21, beyond 64 bits
+    for predictions in (np.arange(250_000) % 2, labels[::-1]):
+        ours = evaluate(labels, predictions)
+        assert ours["ari"] == pytest.approx(sk.adjusted_rand_score(labels, predictions), abs=1e-12)
+        assert ours["fmi"] == pytest.approx(sk.fowlkes_mallows_score(labels, predictions), abs=1e-12)
+
+
+def test_expected_mutual_information_enumerated():
+    """Against the definition: the mean over all permutations of five labels."""
+    labels, predictions = [0, 0, 1, 1, 2], [0, 0, 0, 1, 1]
+    mean = np.mean([sk.mutual_info_score(labels, p) for p in itertools.permutations(predictions)])
+    ours = expected_mutual_information(np.array([2, 2, 1]), np.array([3, 2]))
+    assert ours == pytest.approx(mean, abs=1e-12)
+
+
+def test_golden():
+    ours = evaluate(GOLDEN["labels"], GOLDEN["predictions"], GOLDEN["probabilities"])
+    for name in ("acc", "acc_top5", "nmi", "ari", "fmi"):
+        assert ours[name] == pytest.approx(float(GOLDEN[name]), abs=1e-12)
+    assert ours["ami"] == pytest.approx(float(GOLDEN["ami_arithmetic"]), abs=1e-9)
+    assert ours["mapping"] == GOLDEN["mapping"].tolist()
+
+
+@pytest.mark.parametrize("K, C", [(4, 4), (6, 3), (3, 5)])
+def test_matching_is_the_best_of_all(K, C):
+    rng = np.random.default_rng(K)
+    labels, predictions = np.r_[C - 1, rng.integers(0, C, 80)], np.r_[K - 1, rng.integers(0, K, 80)]
+    ours = evaluate(labels, predictions)
+    tries = itertools.permutations([*range(C), *[-1] * (K - min(K, C))], K)
+    assert ours["acc"] == pytest.approx(max(np.mean(np.array(t)[predictions] == labels) for t in tries))
+    assert np.mean(np.array(ours["mapping"])[predictions] == labels) == pytest.approx(ours["acc"])
+    matched = [c for c in ours["mapping"] if c >= 0]
+    assert len(ours["mapping"]) == K and len(matched) == len(set(matched)) == min(K, C)
+
+
+def test_two_fold_over_clustering():
+    labels = np.repeat(np.arange(5), 100)
+    ours = evaluate(labels, 2 * labels + np.arange(500) % 2)
+    assert ours["acc"] == 0.5 and ours["acc_majority"] == 1.0
+    assert ours["mapping"].count(-1) == 5          # an unmatched cluster predicts nothing, not class 0
+    assert ours["nmi"] == pytest.approx(2 * np.log(5) / (np.log(5) + np.log(10)))
+
+
+def test_top5_maps_five_clusters():
+    rng = np.random.default_rng(1)
+    labels, probabilities = rng.integers(0, 8, 5000), rng.random((5000, 12))   # more than one block of rows
+    probabilities[np.arange(5000), labels] += 0.3
+    ours = evaluate(labels, probabilities.argmax(1), probabilities)
+    mapping = np.array(ours["mapping"])
+    top5 = mapping[np.argsort(probabilities, 1)[:, -5:]]
+    expected = np.mean([y in row for y, row in zip(labels, top5, strict=True)])
+    assert ours["acc"] < ours["acc_top5"] < 1 and ours["acc_top5"] == expected
+    few = rng.random((50, 3))                      # of fewer than five clusters all count
+    assert evaluate(few.argmin(1), few.argmax(1), few)["acc_top5"] == 1.0
+    assert len(evaluate(labels, labels, np.eye(20)[labels])["mapping"]) == 20    # K of probabilities
+    assert "acc_top5" not in evaluate(labels, labels)
+    tied = evaluate(labels, np.zeros(5000, int), np.full((5000, 12), 1 / 12))    # top five: clusters 0 to 4
+    first = np.isin(labels, tied["mapping"][:5]).mean()
+    assert tied["acc_top5"] == first < 0.8
+    unmatched = evaluate([0, 1, 2, 2], [0, 0, 1, 1], np.eye(2)[[0, 0, 1, 1]])    # a class without cluster
+    assert unmatched["acc_top5"] == 0.75
+
+
+def test_cluster_ids_mean_nothing():
+    _, labels, predictions = next(case for case in pairs() if case[0] == "correlated")
+    order = np.random.default_rng(2).permutation(7)
+    before, after = evaluate(labels, predictions), evaluate(labels, order[predictions])
+    assert [after["mapping"][k] for k in order] == before.pop("mapping")
+    for name, value in before.items():
+        assert after[name] == pytest.approx(value, abs=1e-13)
+
+
+SOUND = {"labels": [0, 1, 1], "predictions": [1, 0, 0], "probabilities": [[0.1, 0.9], [0.8, 0.2], [0.6, 0.4]]}
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("labels", [], "labels: expected a non-empty"),
+    ("predictions", [], "predictions: expected a non-empty"),
+    ("labels", [[0], [1], [1]], "labels: .* one-dimensional"),
+    ("labels", [0, 1, float("nan")], "labels: contains NaN"),
+    ("predictions", [0, float("nan"), 1], "predictions: contains NaN"),
+    ("labels", [0, 0.5, 1], "labels: expected integers"),
+    ("predictions", ["a", "b", "c"], "predictions: expected integers"),
+    ("labels", [0, -1, 1], "labels: .* got -1"),
+    ("predictions", [0, -2, 1], "predictions: .* got -2"),
+    ("predictions", [0, 1], "predictions: there are 2, but 3 labels"),
+    ("predictions", [0, 1, 2], "probabilities: expected .3, 3 or more., got .3, 2."),
+    ("probabilities", [[0.1, 0.9], [0.8, 0.2]], "probabilities: expected .3, 2 or more., got .2, 2."),
+    ("probabilities", [0.9, 0.8, 0.6], "probabilities: expected"),
+    ("probabilities", [[0.1, 0.9], [0.8, float("nan")], [0.6, 0.4]], "probabilities: contains NaN"),
+    ("probabilities", [[0.1, 0.9], [0.8, float("inf")], [0.6, 0.4]], "probabilities: contains NaN"),
+    ("probabilities", [[0.1, 0.9], [0.8, -0.2], [0.6, 0.4]], "probabilities: contains NaN"),
+])
+def test_bad_input_is_named(name, value, message):
+    assert evaluate(**SOUND)["acc"] == 1.0
+    with pytest.raises(ValueError, match=message):
+        evaluate(**(SOUND | {name: value}))
+
+
+def test_a_mapping_from_elsewhere():
+    rng = np.random.default_rng(3)
+    train, test = rng.integers(0, 6, 400), rng.integers(0, 6, 300)
+    train_p, test_p = (np.where(rng.random(len(y)) < 0.5, (y + 2) % 6, rng.integers(0, 8, len(y)))
+                       for y in (train, test))
+    probabilities = rng.random((300, 8)) + np.eye(8)[test_p]
+    mapping = evaluate(np.r_[train, 5], np.r_[train_p, 7])["mapping"]
+    ours = evaluate(test, test_p, probabilities, mapping=mapping)
+    own = evaluate(test, test_p, probabilities)
+    assert ours["acc"] == np.mean(np.array(mapping)[test_p] == test) and ours["mapping"] == mapping
+    top5 = np.array(mapping)[np.argsort(probabilities, 1)[:, -5:]]
+    assert ours["acc_top5"] == np.mean([y in row for y, row in zip(test, top5, strict=True)])
+    assert own["acc"] >= ours["acc"] and own["nmi"] == ours["nmi"]
+    few = evaluate([0, 0, 1], [2, 2, 0], mapping=[4, -1, 0, 1])      # with classes and clusters not seen here
+    assert few["acc"] == 2 / 3 and few["mapping"] == [4, -1, 0, 1]
+    for bad, message in (([0, 1], "mapping: expected 3"), ([0, 1, 1, 2], "mapping: two clusters"),
+                         ([0.0, 1.0, 2.0], "mapping: expected"), ([[0], [1], [2]], "mapping: expected")):
+        with pytest.raises(ValueError, match=message):
+            evaluate([0, 0, 1], [2, 2, 0], mapping=bad)
+
+
+def test_noise_is_in_no_cluster():
+    """Scores as scikit-learn has them, where -1 is a cluster; but noise is never matched to a class."""
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 4, 500)
+    predictions = np.where(rng.random(500) < 0.4, -1, labels)
+    ours = evaluate_with_noise(labels, predictions)
+    for name, score in (("nmi", sk.normalized_mutual_info_score), ("ari", sk.adjusted_rand_score),
+                        ("ami", sk.adjusted_mutual_info_score), ("fmi", sk.fowlkes_mallows_score)):
+        assert ours[name] == pytest.approx(score(labels, predictions), abs=1e-9)
+    assert ours["acc"] == ours["acc_majority"] == pytest.approx(np.mean(predictions >= 0))
+    assert ours["mapping"] == [0, 1, 2, 3] and ours["num_clusters_used"] == 4
+    assert evaluate_with_noise(labels, labels) == evaluate(labels, labels)
+    nothing = evaluate_with_noise(labels, np.full(500, -1))
+    assert nothing["acc"] == nothing["acc_majority"] == nothing["num_clusters_used"] == 0
+    assert nothing["nmi"] == pytest.approx(0, abs=1e-12) and nothing["mapping"] == []
+
+
+@pytest.mark.parametrize("K, N", [(2, 50), (7, 300), (40, 120)])
+def test_silhouette_is_scikit_learns(K, N):
+    rng = np.random.default_rng(K)
+    predictions = np.r_[np.arange(K), rng.integers(0, K, N - K)] * 3              # ids with gaps
+    features = rng.normal(size=(N, 5)) + 2 * rng.normal(size=(3 * K, 5))[predictions]
+    predictions[0] = 3 * K                                                        # one alone
+    features[1] = 0                                            # without direction: at distance 1 from all
+    expected = sk.silhouette_score(features, predictions, metric="cosine")
+    for chunk in (1, 7, 4096):
+        assert silhouette(features, predictions, chunk) == pytest.approx(expected, abs=1e-9)
+    assert silhouette(features.astype(np.float32), predictions) == pytest.approx(expected, abs=1e-6)
+    assert silhouette(features, np.zeros(N, int)) is None and silhouette(features, np.arange(N)) is None
+
+
+# ---------------------------------------------------------------- predictions of other programs
+def test_predictions_of_other_programs(tmp_path):
+    labels, clusters = ["dog", "cat", "cat", "eel", "dog"], [7, 40, 40, 7, -1]
+    lines = [f"{i},{y},{p}\n" for i, (y, p) in enumerate(zip(labels, clusters, strict=True))]
+    (tmp_path / "a.csv").write_text("index,label,prediction\n" + "".join(lines))
+    np.savez(tmp_path / "a.npz", labels=np.array(labels), predictions=np.array(clusters, np.int32))
+    for name in ("a.csv", "a.npz"):
+        y, p, probabilities, class_names, cluster_names, remarks = read_predictions(tmp_path / name)
+        assert y.tolist() == [1, 0, 0, 2, 1] and p.tolist() == [0, 1, 1, 0, -1] and probabilities is None
+        assert class_names == ["cat", "dog", "eel"] and cluster_names == [7, 40]
+        assert "1 predictions (20.0%) are negative, that is noise" in remarks[0]
+        assert remarks[1] == "2 clusters with ids from 7 to 40"
+    (tmp_path / "b.csv").write_text("labels, predictions\n3.0,b\n10.0,a a\n3.0,b\n")    # floats as of pandas
+    y, p, _, class_names, cluster_names, remarks = read_predictions(tmp_path / "b.csv")
+    assert y.tolist() == [0, 1, 0] and p.tolist() == [1, 0, 1] and cluster_names == ["a a", "b"]
+    assert class_names == ["3", "10"] and remarks == ["2 classes with ids from 3 to 10"]
+    np.savez(tmp_path / "p.npz", label=[1, 0], probabilities=[[0.1, 0.2, 0.7], [0.8, 0.1, 0.1]])
+    y, p, probabilities, _, cluster_names, remarks = read_predictions(tmp_path / "p.npz")
+    assert p.tolist() == [2, 0] and probabilities.shape == (2, 3)
+    assert cluster_names == [0, 1, 2] and not remarks
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "label,guess\n1,2\n", "no column 'predictions' .there are: label, guess"),
+    ("a.csv", "truth,prediction\n1,2\n", "no column 'labels' .there are: truth, prediction"),
+    ("a.csv", "label,prediction\n1,2\n,3\n", "column 'labels' has gaps"),
+    ("a.csv", "label,prediction\n1,2\n0,nan\n", "column 'predictions' has gaps"),
+    ("a.csv", "label,prediction\n1,0.5\n0,1\n", "column 'predictions' has gaps, or no integers"),
+    ("a.csv", "label,prediction\n-1,2\n0,1\n", "column 'labels' has -1"),
+    ("a.csv", "label,prediction\n", "column 'labels' is empty"),
+    ("a.csv", "label,prediction\n1,2\n3\n", "cannot be read"), ("a.csv", "", "no column 'labels'"),
+    ("a.npz", "not a zip", "cannot be read"), ("a.txt", "label,prediction\n1,2\n", "expected a .csv or .npz"),
+    ("a.npz", dict(labels=[0, 1], predictions=[0, 1, 1]), "2 labels, but 3 predictions"),
+    ("a.npz", dict(labels=[[0, 1]], predictions=[0, 1]), "column 'labels' is empty or not one-dimensional"),
+    ("a.npz", dict(labels=[0, 1], probabilities=[[0.1, 0.9]]), "2 labels, but 1 "),
+    ("a.npz", dict(labels=[0], predictions=[0], probabilities=[0.1]), "'probabilities' is not two-dim"),
+    ("a.npz", dict(labels=[0], probabilities=[[0.1, np.nan]]), "column 'probabilities' has NaN"),
+    ("a.npz", dict(labels=[0], predictions=[2], probabilities=[[1.0, 0.0]]), "'predictions' has to hold"),
+    ("a.npz", dict(labels=[0], predictions=["a"], probabilities=[[1.0, 0.0]]), "'predictions' has to hold"),
+    ("a.npz", dict(labels=np.array(["a", None]), predictions=[0, 1]), "cannot be read"),
+    ("a.npz", dict(predictions=[0, 1]), "no column 'labels'")])
+def test_wrong_predictions_are_refused_by_name(here, tmp_path, name, content, message):
+    path, sound = tmp_path / name, tmp_path / "sound.csv"
+    sound.write_text("label,prediction\n1,2\n0,1\n")
+    assert read_predictions(sound)[0].tolist() == [1, 0]
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(UserError, match=f"--predictions .*{name}: .*{message}"):
+        read_predictions(path)
+    _, err = here(f"cluster_eval.py --predictions {path} --output-dir {tmp_path}/out", code=2)
+    assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_command_with_predictions(here, tmp_path):
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 5, 300)
+    predictions = np.where(rng.random(300) < 0.7, 10 * labels, 10 * rng.integers(0, 5, 300))
+    predictions[:30] = -1
+    np.savez(tmp_path / "a.npz", labels=np.array(list("abcde"))[labels], predictions=predictions)
+    out, _ = here(f"cluster_eval.py --predictions {tmp_path}/a.npz --output-dir {tmp_path}/out")
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["ari"] == pytest.approx(sk.adjusted_rand_score(labels, predictions), abs=1e-12)
+    assert metrics["acc"] == np.mean(predictions == 10 * labels) and metrics["class_names"] == list("abcde")
+    classes = {row["cluster"]: row["class"] for row in metrics["clusters"]}
+    assert classes == {0: "a", 10: "b", 20: "c", 30: "d", 40: "e"}
+    assert "30 predictions (10.0%) are negative" in out and "cluster 40 → e   purity" in out
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["confusion_matrix.png", "metrics.json"]
+
+
+# ---------------------------------------------------------------- words and pictures
+NAMES = ["cat", "dog", "a class with quite a long name"]
+LABELS, PREDICTIONS = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 3, 3, 3, 3, 1])
+MAPPING = [0, 2, -1, 1]
+PROBABILITIES = np.full((6, 4), 0.1, np.float32)
+PROBABILITIES[np.arange(6), PREDICTIONS] = np.linspace(0.7, 0.6, 6)
+
+
+def test_describe_clusters():
+    rows = describe_clusters(PREDICTIONS, LABELS, MAPPING, NAMES)
+    assert rows == [{"cluster": 3, "size": 4, "class": "dog", "majority": "dog", "purity": 0.75},
+                    {"cluster": 0, "size": 1, "class": "cat", "majority": "cat", "purity": 1.0},
+                    {"cluster": 1, "size": 1, "class": NAMES[2], "majority": NAMES[2], "purity": 1.0}]
+    assert caption(rows[0]) == "cluster 3 → dog   purity 75%   4 images"
+    assert caption(rows[0] | {"class": None}) == "cluster 3 → unmatched   purity 75% (mostly dog)   4 images"
+    assert NAMES[2] in caption(rows[2])                                                  # names are whole
+    assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3   4 images"          # without labels
+    mapped = describe_clusters(PREDICTIONS, None, MAPPING, NAMES)                        # mapped elsewhere
+    assert caption(mapped[0]) == "cluster 3 → dog   4 images"
+    assert [row["size"] for row in describe_clusters(np.array([-1, 2, 2, -1, 0]))] == [2, 1]     # -1: in none
+
+
+def test_confusion_matrix():
+    matched = confusion_matrix(LABELS, np.array(MAPPING)[PREDICTIONS], 3)
+    assert matched.tolist() == [[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]     # each row by its own sum
+    unmatched = confusion_matrix(LABELS, np.array([0, -1, 0, 1])[PREDICTIONS], 4)
+    assert unmatched.shape == (4, 5) and unmatched[2].tolist() == [0, 0, 0, 0, 1]
+    assert unmatched[3].sum() == 0                                       # a class without images
+
+
+def test_assignments(tmp_path):
+    write_assignments(tmp_path / "a.csv", PROBABILITIES, LABELS, [0, -1, -1, 1], NAMES)
+    rows = list(csv.DictReader(open(tmp_path / "a.csv", newline="")))
+    assert len(rows) == 6 and rows[1] == {
+        "index": "1", "prediction": "3", "probability": "0.680000", "mapped_label": "1", "mapped_name": "dog",
+        "label": "0", "label_name": "cat"}
+    assert rows[5]["mapped_label"] == "-1" and rows[5]["mapped_name"] == "unmatched"
+    write_assignments(tmp_path / "b.csv", PROBABILITIES)                 # without labels
+    assert (tmp_path / "b.csv").read_text().startswith("index,prediction,probability\n0,0,0.700000\n")
+
+
+@pytest.mark.parametrize("channels, num_clusters", [(1, 2), (3, 10), (1, 60)])
+def test_contact_sheet_shows_the_most_confident(tmp_path, monkeypatch, channels, num_clusters):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    rng = np.random.default_rng(0)
+    predictions, confidences = np.arange(240) % num_clusters, rng.random(240)
+    images = torch.arange(240, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, 8, 8)
+    clusters, path = describe_clusters(predictions), tmp_path / "sheet.png"
+    draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=5)
+    axes = drawn[0].axes
+    assert len(axes) == num_clusters
+    for ax, row in zip(axes, clusters, strict=True):
+        members = np.flatnonzero(predictions == row["cluster"])
+        best = members[confidences[members].argsort()[::-1]][:5]
+        strip = ax.images[0].get_array()
+        assert strip.shape == (8, 44, 3) and strip[0, ::9, 0].tolist() == [*best, *[255] * (5 - len(best))]
+        assert ax.get_title(loc="left") == caption(row)
+
+
+def test_captions_do_not_overlap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    row = {"size": 12_345, "class": "Staffordshire terrier", "majority": "miniature schnauzer", "purity": 1.0}
+    rows = [row | {"cluster": 4000 + i} for i in range(6)]
+    rows[3]["class"] = "one of those whose name is longer than any other that anybody has seen yet"
+    images = torch.zeros(9, 1, 28, 28, dtype=torch.uint8)
+    draw_contact_sheet(tmp_path / "sheet.png", images, np.zeros(9), np.zeros(9), rows)
+    drawn[0].draw_without_rendering()
+    boxes = [ax._left_title.get_window_extent() for ax in drawn[0].axes]
+    strips = [ax.images[0].get_window_extent() for ax in drawn[0].axes]
+    assert boxes[0].x1 < boxes[1].x0 and boxes[0].y0 >= strips[0].y1 and boxes[2].y1 < strips[0].y0
+
+
+def test_top3_names_are_whole_and_do_not_overlap(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    names = ["shoe", "soft-coated wheaten terrier", "American Staffordshire terrier", "cluster 3"]
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), 20)
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    truth = [names[i % 3] for i in range(20)]
+    draw_top3(tmp_path / "top3.png", images, probabilities, np.arange(3, 17), names, truth)
+    drawn[0].draw_without_rendering()
+    pictures, bars = drawn[0].axes[0::2], drawn[0].axes[1::2]
+    assert len(pictures) == len(bars) == 14
+    for i, picture, bar in zip(range(3, 17), pictures, bars, strict=True):
+        assert np.array_equal(picture.images[0].get_array()[..., 2], images[i, 0])
+        best = probabilities[i].argsort()[::-1][:3]
+        assert [text.get_text() for text in bar.texts[0::2]] == [names[k] for k in best]
+        assert [text.get_text() for text in bar.texts[1::2]] == [f"{probabilities[i, k]:.3f}" for k in best]
+        assert [b.get_width() for b in bar.patches] == probabilities[i, best].tolist()
+        assert bar.get_xlabel() == f"{'✓' if names[best[0]] == truth[i] else '✗'} truth: {truth[i]}"
+    things = sum(([*bar.texts, bar.xaxis.label] for bar in bars), [picture.images[0] for picture in pictures])
+    boxes = [thing.get_window_extent() for thing in things]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.shrunk(0.99, 0.99).overlaps(b)
+    whole = drawn[0].bbox
+    assert all(box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 for box in boxes)
+
+
+def test_pictures_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    rows = describe_clusters(PREDICTIONS, LABELS, MAPPING, NAMES)
+    draw_contact_sheet(tmp_path / "sheet.png", images, PREDICTIONS, PROBABILITIES.max(1), rows)
+    draw_confusion_matrix(tmp_path / "few.png", LABELS, np.array(MAPPING)[PREDICTIONS], NAMES)
+    draw_confusion_matrix(tmp_path / "many.png", LABELS, LABELS, [f"class {c}" for c in range(60)])
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---------------------------------------------------------------- the command
+FLAGS = "--data fake --arch resnet8 --num-classes 14 --hidden-dim 16 --seed 3"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return saved_network(tmp_path_factory.mktemp("run") / "checkpoint.pth", FLAGS)
+
+
+@pytest.fixture
+def start(here, checkpoint, tmp_path):
+    """start("--silhouette", code=0): cluster_eval.py on the checkpoint, into tmp_path/out; (out, err)."""
+    def run_here(flags="", code=0):
+        return here(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/out {flags}", code)
+    return run_here
+
+
+def assignments_of(folder):
+    with open(folder / "assignments.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_command(start, tmp_path):
+    out, _ = start(f"--output_dir {tmp_path} --device cpu --pixel-kmeans")
+    metrics, rows = metrics_of(tmp_path), assignments_of(tmp_path)
+    labels = build_dataset("fake", "test", seed=3).labels.numpy()
+    assert [int(row["label"]) for row in rows] == labels.tolist()
+    predictions = [int(row["prediction"]) for row in rows]
+    again = evaluate(labels, predictions)
+    assert metrics["acc"] == again["acc"] and metrics["nmi"] == again["nmi"]
+    assert metrics["acc_top5"] >= metrics["acc"]
+    assert len(metrics["mapping"]) == metrics["num_clusters"] == 14
+    assert [metrics["mapping"][k] for k in predictions] == [int(row["mapped_label"]) for row in rows]
+    assert sum(row["size"] for row in metrics["clusters"]) == metrics["num_images"] == 256
+    assert metrics["num_broken"] == 0
+    assert metrics["pixel_kmeans"]["acc"] > 0.5 and f"ACC {metrics['pixel_kmeans']['acc']:.4f}" in out
+    assert f"ACC {metrics['acc']:.4f}" in out and caption(metrics["clusters"][0]) in out
+    assert all((tmp_path / f"{name}.png").exists() for name in ("confusion_matrix", "contact_sheet", "top3"))
+
+
+def test_batch_norms_are_estimated_anew():
+    torch.manual_seed(0)
+    network = Twist("resnet8", num_classes=14, hidden_dim=16, bunch_size=8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    batches = [torch.randn(40, 3, 16, 16) + 1, 2 * torch.randn(40, 3, 16, 16)]
+    reestimate_batch_norms(network, batches)
+    after = network.state_dict()
+    first = [batch.mean((0, 2, 3)) for batch in map(network.backbone.conv1, batches)]
+    torch.testing.assert_close(after["backbone.bn1.running_mean"], sum(first) / 2)    # of all batches alike
+    first = [network.backbone.conv1(batch).var((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(after["backbone.bn1.running_var"], sum(first) / 2)
+    for name in before:
+        assert before[name].equal(after[name]) != ("running" in name or "tracked" in name), name
+    other = Twist("resnet8", num_classes=14, hidden_dim=16, bunch_size=8)
+    other.load_state_dict(before)
+    for each in (network, other):                 # whatever statistics there were before are forgotten
+        reestimate_batch_norms(each, batches[:1])
+    for name, value in other.state_dict().items():
+        assert value.equal(network.state_dict()[name]) or "tracked" in name, name
+    assert network.projection_heads.norm.bunch_size == 8 and network.projection_heads.norm.momentum == 0.1
+
+
+def test_silhouette_and_batch_norms_in_the_command(start, tmp_path):
+    start(f"--output-dir {tmp_path}/a")
+    out, _ = start(f"--output-dir {tmp_path}/b --silhouette --bn-images 300 --batch-size 100")
+    a, b = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    line = f"silhouette {b['silhouette']:.4f} (cosine distance of backbone features)"
+    assert "silhouette" not in a and line in out and a["nmi"] != b["nmi"]
+    assert "batch-norm statistics are those of 300 training images" in out
+
+
+def test_map_from_another_split(start, tmp_path):
+    start(f"--output-dir {tmp_path}/train --split train")
+    source = tmp_path / "train/metrics.json"
+    out, _ = start(f"--output-dir {tmp_path}/test --map-from {source}")
+    train, test = metrics_of(tmp_path / "train"), metrics_of(tmp_path / "test")
+    rows, mapping = assignments_of(tmp_path / "test"), train["mapping"]
+    assert test["mapping"] == mapping and train["num_images"] == 512 and test["num_images"] == 256
+    assert [int(row["mapped_label"]) for row in rows] == [mapping[int(row["prediction"])] for row in rows]
+    assert test["acc"] == np.mean([row["mapped_label"] == row["label"] for row in rows])
+    assert f"named by the mapping of {source}" in out
+    for text, message in (("{}", "not the metrics.json"), ("no json", "not the metrics.json"),
+                          (json.dumps(train | {"mapping": [0] * 14}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": [10, *[-1] * 13]}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": ["a"] * 14}), "not a mapping of clusters"),
+                          (json.dumps(train | {"mapping": 3}), "not a mapping of clusters"),
+                          (json.dumps(train | {"class_names": 3}), "not the metrics.json"),
+                          (json.dumps(train | {"mapping": [0, 1]}), "maps 2 clusters, the network has 14"),
+                          (json.dumps(train | {"class_names": list("abcdefghij")}), "classes are others")):
+        (tmp_path / "bad.json").write_text(text)
+        _, err = start(f"--map-from {tmp_path}/bad.json", code=2)
+        assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_many_clusters_take_several_sheets(start, tmp_path):
+    network = saved_network(tmp_path / "c.pth", f"{FLAGS} --num-classes 100")
+    out, _ = start(f"--checkpoint {network} --bn-images 512")
+    used = metrics_of(tmp_path / "out")["num_clusters_used"]
+    assert used > 40 and (tmp_path / "out/contact_sheet_2.png").exists()
+    assert f"and {used - 40} smaller ones, see metrics.json" in out
+    start(f"--checkpoint {network} --contact-sheets 1")
+    assert [path.name for path in (tmp_path / "out").glob("contact*")] == ["contact_sheet.png"]
+
+
+def test_batch_size_changes_nothing(start, tmp_path):
+    """Evaluation mode: batch statistics would make an image's cluster depend on its neighbours."""
+    for size in (7, 256):
+        start(f"--output-dir {tmp_path}/{size} --batch-size {size}")
+    few, all_ = (np.loadtxt(tmp_path / size / "assignments.csv", delimiter=",", skiprows=1, usecols=(1, 2))
+                 for size in ("7", "256"))
+    np.testing.assert_allclose(few, all_, atol=2e-6)
+
+
+def test_without_labels_nothing_is_scored(start, tmp_path, monkeypatch):
+    def unlabelled(*args):
+        dataset = build_dataset(*args)
+        dataset.labels = None
+        return dataset
+    monkeypatch.setattr(cluster_eval, "build_dataset", unlabelled)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/confusion_matrix.png").write_text("of an earlier run")
+    start()
+    metrics = metrics_of(tmp_path / "out")
+    assert not {"acc", "nmi", "mapping"} & metrics.keys() and "purity" not in metrics["clusters"][0]
+    assert not (tmp_path / "out/confusion_matrix.png").exists() and (tmp_path / "out/top3.png").exists()
+
+
+def test_without_matplotlib_only_the_pictures_are_missing(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out, _ = start()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["assignments.csv", "metrics.json"]
+    assert out.count("no pictures: matplotlib is not installed") == 1
+
+
+def test_key_chooses_the_network(start, checkpoint, tmp_path):
+    """teacher is the momentum encoder and the default, student the network that was trained."""
+    state = torch.load(checkpoint, weights_only=True)
+    student = {name: -weight if "last_linear" in name else weight for name, weight in state["model"].items()}
+    save_checkpoint(tmp_path / "both.pth", state | {"model": student, "teacher": state["model"]})
+    save_checkpoint(tmp_path / "student.pth", state | {"model": student})
+    written = {}
+    for name, flags in (("alone", ""), ("default", f"--checkpoint {tmp_path}/both.pth"),
+                        ("teacher", f"--checkpoint {tmp_path}/both.pth --key teacher"),
+                        ("student", f"--checkpoint {tmp_path}/both.pth --key student"),
+                        ("student alone", f"--checkpoint {tmp_path}/student.pth")):
+        out, _ = start(f"{flags} --output-dir '{tmp_path}/{name}'")
+        written[name] = assignments_of(tmp_path / name)
+        assert ("the student is taken" in out) == (name == "student")
+    assert written["default"] == written["teacher"] == written["alone"]
+    assert written["student"] == written["student alone"] != written["teacher"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--checkpoint none.pth", "none.pth"), ("--checkpoint {broken}", "broken.pth"),
+    ("--checkpoint {other}", "other.pth"), ("--checkpoint {nan}", "nan.pth"), ("--data nothing", "nothing"),
+    ("--predictions a.csv", "--checkpoint or --predictions"), ("--bn-images 1", "--bn-images: 1"),
+    ("--contact-sheets -1", "--contact-sheets: -1"), ("--batch-size 0", "--batch-size: 0"),
+    ("--images-per-cluster 0", "--images-per-cluster: 0"), ("--key teacher", "has no 'teacher'"),
+    ("--output-dir {run}", "--output-dir"), ("--output-dir {broken}", "--output-dir")])
+def test_bad_command_is_one_line(start, checkpoint, tmp_path, flags, named):
+    broken, other, nan = (tmp_path / name for name in ("broken.pth", "other.pth", "nan.pth"))
+    broken.write_bytes(checkpoint.read_bytes()[:-100])
+    state = torch.load(checkpoint, weights_only=True)
+    save_checkpoint(other, state | {"model": {}})
+    state["model"]["projection_heads.last_linear.weight"][:] = torch.nan
+    save_checkpoint(nan, state)
+    _, err = start(flags.format(broken=broken, other=other, nan=nan, run=checkpoint.parent), code=2)
+    out = tmp_path / "out"
+    assert named in err and len(err.splitlines()) == 1 and (not out.exists() or not list(out.iterdir()))
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("", "--checkpoint or --predictions"), ("--predictions none.csv", "none.csv"),
+    ("--predictions a.csv --silhouette", "--silhouette: needs a --checkpoint"),
+    ("--predictions a.csv --key student", "--key: needs a --checkpoint")])
+def test_one_of_checkpoint_and_predictions_is_needed(here, tmp_path, flags, named):
+    _, err = here(f"cluster_eval.py --output-dir {tmp_path}/out {flags}", code=2)
+    assert named in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_refusal_leaves_no_folder_and_no_traceback(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    state["model"]["projection_heads.last_linear.weight"][:] = torch.nan
+    save_checkpoint(tmp_path / "nan.pth", state)
+    command = [sys.executable, "cluster_eval.py", "--checkpoint", tmp_path / "nan.pth",
+               "--output-dir", tmp_path / "out"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "nan.pth" in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,178 @@
+"""knn.py equals a naive weighted vote for any number of images and chunks; the command does what it says."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import metrics_of
+
+import knn
+from checkpoint import load_pretrained, save_checkpoint
+from data import build_dataset, eval_batches
+from knn import extract_features, knn_accuracy, knn_images, knn_predict, nearest_neighbours, vote
+from model import build_backbone
+
+FAKE = {"data": "fake", "image_size": 0, "mean": None, "std": None}
+
+
+def naive_scores(train_features, train_labels, features, k, temperature, num_classes):
+    """One image at a time, in float64."""
+    train = train_features / np.linalg.norm(train_features, axis=1, keepdims=True)
+    scores = np.zeros((len(features), num_classes))
+    for i, x in enumerate(features / np.linalg.norm(features, axis=1, keepdims=True)):
+        similarity = train @ x
+        for j in np.argsort(-similarity)[:k]:
+            scores[i, train_labels[j]] += np.exp(similarity[j] / temperature)
+    return scores
+
+
+def make(M=300, N=101, D=16, num_classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(M, D)), rng.integers(0, num_classes, M), rng.normal(size=(N, D))
+
+
+@pytest.mark.parametrize("N", [1, 99, 101, 1025])
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (20, 0.07), (300, 0.5), (5, 0.01)])
+def test_equals_the_naive_vote(N, k, temperature):
+    train_features, train_labels, features = make(N=N)
+    scores = knn_predict(*map(torch.from_numpy, (train_features, train_labels, features)), k, temperature, 7)
+    expected = naive_scores(train_features, train_labels, features, k, temperature, 7)
+    assert scores.shape == (N, 7)
+    np.testing.assert_allclose(scores, expected, rtol=3e-7 / temperature)      # float32 similarities
+    assert scores.argmax(1).tolist() == expected.argmax(1).tolist()
+
+
+def test_chunks_change_nothing():
+    train_features, _, features = map(torch.from_numpy, make())
+    similarity, index = nearest_neighbours(train_features, features, 50)
+    for chunk, train_chunk in ((1, 300), (7, 13), (101, 1), (100, 299)):      # also parts smaller than k
+        s, i = nearest_neighbours(train_features, features, 50, chunk, train_chunk)
+        torch.testing.assert_close(s, similarity, rtol=0, atol=1e-6)
+        assert torch.equal(i, index)
+    assert (similarity.diff() <= 0).all()                                    # nearest first
+
+
+def test_fewer_neighbours_are_a_prefix():
+    train_features, train_labels, features = map(torch.from_numpy, make())
+    similarity, index = nearest_neighbours(train_features, features, 200)
+    for k in (10, 20, 100, 200):
+        scores = knn_predict(train_features, train_labels, features, k, 0.07, 7)
+        torch.testing.assert_close(vote(similarity[:, :k], train_labels[index[:, :k]], 0.07, 7), scores)
+
+
+def test_an_absent_class_has_a_column():
+    train_features, train_labels, features = map(torch.from_numpy, make())
+    scores = knn_predict(train_features, train_labels.clamp_max(5), features, 10, 0.07, 9)
+    assert scores.shape == (101, 9) and (scores[:, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"k": 0}, "k: 0 neighbours"),
+    ({"k": 301}, "k: 301 neighbours"),
+    ({"temperature": 0.0}, "temperature: "),
+    ({"temperature": float("nan")}, "temperature: "),
+    ({"num_classes": 3}, "train_labels: expected 0 to 2"),
+    ({"train_labels": torch.zeros(299, dtype=torch.long)}, "train_labels: 299 for 300"),
+    ({"features": torch.full((2, 16), torch.nan)}, "features: contain NaN"),
+    ({"train_features": torch.full((300, 16), torch.inf)}, "features: contain NaN"),
+])
+def test_bad_input_is_named(change, message):
+    train_features, train_labels, features = map(torch.from_numpy, make())
+    sound = dict(train_features=train_features, train_labels=train_labels, features=features, k=5,
+                 temperature=0.07, num_classes=7)
+    assert torch.isfinite(knn_predict(**sound)).all()
+    with pytest.raises(ValueError, match=message):
+        knn_predict(**(sound | change))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_extract_features(training):
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet8").train(training)
+    dataset = build_dataset("fake", "test")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    features = extract_features(backbone, eval_batches(dataset, FAKE, "cpu", batch_size=100))
+    assert features.shape == (256, backbone.feature_dim) and features.dtype == torch.float32
+    one_by_one = extract_features(backbone, eval_batches(dataset, FAKE, "cpu", 1))    # no batch statistics
+    torch.testing.assert_close(one_by_one, features)
+    assert backbone.training is training and all(module.training is training for module in backbone.modules())
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# ---------------------------------------------------------------- the command
+def test_command(here, network, tmp_path, monkeypatch):
+    def shuffled(*args):         # labels that no feature tells, so that no accuracy is 1
+        dataset = build_dataset(*args)
+        dataset.labels = torch.randint(0, 10, (len(dataset),), generator=torch.Generator().manual_seed(0))
+        return dataset
+    monkeypatch.setattr(knn, "build_dataset", shuffled)
+    out, _ = here(f"knn.py --checkpoint {network} --output_dir {tmp_path} --k 200 1 --device cpu")
+    metrics = metrics_of(tmp_path)
+    backbone, config = load_pretrained(network)
+    train, test = shuffled("fake", "train", 0), shuffled("fake", "test", 0)
+    features = [extract_features(backbone, eval_batches(part, config, "cpu")).double().numpy()
+                for part in (train, test)]
+    for k in (1, 200):
+        scores = naive_scores(features[0], train.labels.numpy(), features[1], k, 0.07, 10)
+        hits = scores.argsort(1)[:, ::-1] == test.labels.numpy()[:, None]
+        assert metrics["top1"][str(k)] == pytest.approx(hits[:, 0].mean(), abs=1 / 256)    # but for a tie
+        assert f"top-1 {metrics['top1'][str(k)]:.4f}   top-5 {metrics['top5'][str(k)]:.4f}" in out
+    assert metrics["top5"]["200"] == pytest.approx(hits[:, :5].any(1).mean(), abs=1 / 256)
+    assert metrics["top5"]["1"] == metrics["top1"]["1"]     # classes without a neighbour do not count
+    assert metrics["num_train"] == 512 and metrics["num_test"] == 256 and metrics["num_broken"] == 0
+
+
+def test_the_accuracy_to_watch_is_the_commands(here, network, tmp_path):
+    here(f"knn.py --checkpoint {network} --output-dir {tmp_path} --k 20 --device cpu")
+    backbone, config = load_pretrained(network)
+    args = argparse.Namespace(**config | {"workers": 0})
+    images = knn_images(args, build_dataset("fake", "pretrain"))
+    accuracy = knn_accuracy(backbone, *images, args, "cpu")
+    assert accuracy == pytest.approx(metrics_of(tmp_path)["top1"]["20"]) and accuracy > 0.5
+
+
+def test_nothing_is_watched_without_a_validation_split(tmp_path):
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    args = argparse.Namespace(data=str(tmp_path), seed=0, data_dir="datasets")
+    assert knn_images(args, build_dataset(args.data, "pretrain")) is None
+
+
+def test_key_chooses_the_network(here, network, tmp_path):
+    state = torch.load(network, weights_only=True)
+    student = {name: weight + 0.5 if weight.dim() == 4 else weight for name, weight in state["model"].items()}
+    save_checkpoint(tmp_path / "both.pth", state | {"model": student, "teacher": state["model"]})
+    save_checkpoint(tmp_path / "student.pth", state | {"model": student})
+    found = {}
+    for name, flags in (("teacher", "--key teacher"), ("default", ""), ("student", "--key student")):
+        out, _ = here(f"knn.py --checkpoint {tmp_path}/both.pth {flags} --output-dir {tmp_path}/{name}")
+        found[name] = metrics_of(tmp_path / name)["top1"]
+        assert ("the student is taken" in out) == (name == "student")
+    for name, path in (("alone", network), ("student alone", tmp_path / "student.pth")):
+        here(f"knn.py --checkpoint {path} --output-dir '{tmp_path}/{name}'")
+        found[name] = metrics_of(tmp_path / name)["top1"]
+    assert found["default"] == found["teacher"] == found["alone"]
+    assert found["student"] == found["student alone"] != found["teacher"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--checkpoint none.pth", "none.pth"), ("--checkpoint {other}", "other.pth"),
+    ("--data nothing", "nothing"), ("--k 10 513", "--k 513: there are only 512"), ("--k 0", "--k: 0"),
+    ("--temperature 0", "--temperature: 0"), ("--batch-size 0", "--batch-size: 0"),
+    ("--key teacher", "has no 'teacher'"), ("--key ema", "--key"), ("--output-dir {folder}", "--output-dir")])
+def test_bad_command_is_one_line(here, network, tmp_path, flags, named):
+    other, out = tmp_path / "other.pth", tmp_path / "out"
+    save_checkpoint(other, {"model": {}, "config": torch.load(network, weights_only=True)["config"]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pth").touch()
+    flags = flags.format(other=other, folder=tmp_path / "run")
+    _, err = here(f"knn.py --checkpoint {network} --output-dir {out} {flags}", code=2)
+    assert named in err and len(err.splitlines()) == 1 and not out.exists()
+
+
+def test_a_checkpoint_is_needed(here):
+    assert "--checkpoint" in here("knn.py --k 10", code=2)[1]

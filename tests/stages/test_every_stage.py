@@ -1,0 +1,106 @@
+"""Each stage runs to its end, and after a kill the same command ends with the bits of the undisturbed run."""
+
+import functools
+import os
+import signal
+
+import pytest
+import torch
+from processes import (
+    STAGES,
+    assert_same_run,
+    begin,
+    finish,
+    log_lines,
+    losses,
+    metrics_of,
+    resumed_from,
+    same,
+)
+
+import run
+from checkpoint import load_checkpoint
+
+FILES = {                        # besides those of every stage
+    "pretrain": {"backbone.pth", "backbone_student.pth", "curves.png"},
+    "barlow": {"backbone.pth", "curves.png"},
+    "selflabel": {"backbone.pth", "backbone_student.pth"},
+    "distill": {"backbone.pth"},
+    "lincls": {"head.pth", "predictions.csv"},
+    "semisup": {"backbone.pth", "labels.txt", "predictions.csv"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_runs_to_its_end(stage, straight):
+    flags, out, said, *_ = straight(stage)
+    first, *_, last = log_lines(out)
+    total, epoch = first["config"]["total_steps"], first["config"]["steps_per_epoch"]
+    assert first["command"] == f"python {stage}.py {flags} --output-dir {out}"
+    assert (total, epoch) == {"lincls": (33, 11), "semisup": (24, 8)}.get(stage, (24, 12))
+    assert last == dict(step=total, status="done")
+    steps = [entry["step"] for entry in losses(out)]
+    assert steps == [step for step in range(1, total + 1) if step % 2 == 0 or step % epoch == 0]
+    for entry in losses(out):
+        assert entry["epoch"] == (entry["step"] - 1) // epoch + 1
+        assert 0 <= entry["waiting"] <= 1 and entry["images_per_s"] > 0 and entry["memory_mib"] > 0
+    assert {path.name for path in out.iterdir()} == FILES[stage] | {
+        ".lock", "checkpoint.pth", "checkpoint.prev.pth", "config.json", "log.jsonl", "metrics.json"}
+    state, before = load_checkpoint(out / "checkpoint.pth"), load_checkpoint(out / "checkpoint.prev.pth")
+    assert (state["step"], before["step"], state["stage"]) == (total, {33: 30, 24: 21}[total], stage)
+    assert said.splitlines()[-1].startswith("done: checkpoint.pth, ") and metrics_of(out)
+    progress = [line for line in said.splitlines() if line.startswith("step ")]
+    assert len(progress) == len(steps) and max(map(len, progress)) <= 120
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "lincls"])
+def test_backbones_are_those_of_the_checkpoint(stage, straight):
+    """Of a run with a momentum encoder backbone.pth is the teacher's, backbone_student.pth the student's."""
+    out = straight(stage).out
+    state = load_checkpoint(out / "checkpoint.pth")
+    files = {"backbone.pth": "model"}
+    if "--ema" in STAGES[stage]:
+        files = {"backbone.pth": "teacher", "backbone_student.pth": "model"}
+        assert not same(state["teacher"], state["model"])
+    for name, part in files.items():
+        expected = {key.removeprefix("backbone."): tensor for key, tensor in state[part].items()
+                    if key.startswith("backbone.")}
+        assert same(torch.load(out / name, weights_only=True), expected)
+
+
+def die_after_a_save(number):
+    """From now on this process kills itself when it has written the checkpoint for the number-th time."""
+    save, saved = run.save_checkpoint, []
+
+    def save_and_die(path, state):
+        save(path, state)
+        saved.append(state["step"])
+        if len(saved) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    run.save_checkpoint = save_and_die
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_resumes_to_the_same_bits(stage, straight, tmp_path):
+    """In mid-epoch; the second half has workers, the first has none."""
+    flags, undisturbed, *_ = straight(stage)
+    out, die = tmp_path / "run", functools.partial(die_after_a_save, 2)
+    finish(begin(stage, f"{flags} --workers 0", out, prepare=die), -signal.SIGKILL)
+    assert load_checkpoint(out / "checkpoint.pth")["step"] == 6
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": half a li')
+    said, _ = finish(begin(stage, f"{flags} --workers 2", out))
+    assert resumed_from(out) == [6] and "resumed from step 6" in said
+    assert_same_run(undisturbed, out)
+    straight_losses, own_losses = ({line["step"]: line["loss"] for line in losses(folder)}
+                                   for folder in (undisturbed, out))
+    assert own_losses == straight_losses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_finished_run_says_so_and_changes_nothing(stage, straight, here):
+    flags, out, *_ = straight(stage)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said, _ = here(f"{stage}.py {flags} --output-dir {out}")
+    assert f"{out}: this run is finished; --overwrite starts it anew" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

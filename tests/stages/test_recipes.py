@@ -1,0 +1,137 @@
+"""Every recipe parses, has the published numbers, and trains two steps."""
+
+import importlib
+
+import pytest
+import torch
+from processes import ROOT, saved_network
+
+from run import parse_args
+
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.txt"))}
+
+LARS = dict(optimizer="lars", momentum=0.9, weight_decay=1.5e-6, weight_decay_end=None, eps=1e-5, alpha=1,
+            beta=1, ema=0, clip_norm=0, hidden_dim=4096, nbs=True, amp="fp16", drop_path=0)
+VIT = dict(optimizer="adamw", momentum=0.9, beta2=0.999, weight_decay=0.06, alpha=0.4, beta=1, ema=0.996,
+           clip_norm=3, hidden_dim=4096, num_classes=4096, nbs=True, batch_size=1024, bunch_size=256,
+           views="multicrop", epochs=300, warmup_epochs=10, amp="fp16")
+SELF_LABEL = dict(optimizer="lars", momentum=0.9, weight_decay=1.5e-6, views="selflabel", num_local=12,
+                  quantile=0.5, quantile_end=0.6, epochs=50, warmup_epochs=5, ema=0)
+BARLOW = dict(arch="resnet50", views="barlow", zero_init_residual=True, hidden_dim=8192,
+              lambd=0.0051, batch_size=2048, optimizer="lars", bias_lr=0.024, epochs=1000, warmup_epochs=10,
+              weight_decay=1e-6, peak=1.6)
+SEED = dict(num_local=6, image_size=224, local_size=96, queue_size=65536, student_temperature=0.2,
+            teacher_temperature=1e-4, batch_size=256, optimizer="sgd", schedule="epochs", warmup_epochs=5,
+            weight_decay=1e-4, momentum=0.9, milestones=None, views="seed", peak=0.03)
+LINEAR = dict(weight_decays=[0], batch_size=1024, epochs=100, min_scale=0.08, held_out=0)
+# What was published, run by run; `peak` is the learning rate that training reaches.
+PUBLISHED = {
+    "resnet50_two_views": dict(LARS, arch="resnet50", views="barlow", num_local=0, num_classes=32768,
+                               bunch_size=256, batch_size=2048, epochs=800, warmup_epochs=10, peak=4.0),
+    "resnet50_multicrop": dict(LARS, arch="resnet50", views="multicrop", num_local=12, num_classes=4096,
+                               bunch_size=256, batch_size=2048, epochs=800, warmup_epochs=10, peak=4.0),
+    "resnet50_selflabel": dict(SELF_LABEL, bunch_size=256, batch_size=2048, peak=0.4),
+    "resnet50w2_multicrop": dict(LARS, arch="resnet50w2", views="multicrop", num_local=12, num_classes=4096,
+                                 bunch_size=240, batch_size=1920, epochs=200, warmup_epochs=10, peak=3.75),
+    "resnet50w2_selflabel": dict(SELF_LABEL, bunch_size=240, batch_size=1920, peak=0.375),
+    "vit_s": dict(VIT, arch="vit_s", num_local=6, weight_decay_end=0.12, drop_path=0, peak=1.2e-3),
+    "vit_b": dict(VIT, arch="vit_b", num_local=10, weight_decay_end=None, drop_path=0.1, peak=3e-3),
+    "resnet50_1000_classes": dict(arch="resnet50", num_classes=1000, epochs=800),
+    "barlow_twins": BARLOW,
+    "barlow_twins_lincls": dict(weight_decays=[1e-6], batch_size=256, epochs=100, milestones=None,
+                                nesterov=False, jitter=False, depths=False, held_out=0, peak=0.3),
+    "barlow_twins_depths": dict(weight_decays=[1e-4], batch_size=256, epochs=90, milestones=[30, 60, 90],
+                                nesterov=True, jitter=True, depths=True, held_out=0, peak=0.01),
+    "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07),
+    "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
+                          costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
+    "seed_efficientnet_b0": dict(SEED, arch="efficientnet_b0", teacher_arch="resnet50w2", epochs=800),
+    "seed_mobilenet_v3_large": dict(SEED, arch="mobilenet_v3_large", teacher_arch="resnet50w2", epochs=800),
+    "seed_resnet50": dict(SEED, arch="resnet50", teacher_arch="resnet50w4", epochs=400),
+    "seed_lincls": dict(weight_decays=[0], batch_size=256, epochs=100, milestones=[60, 80], nesterov=False,
+                        held_out=0, peak=30),
+    "resnet50_lincls": dict(LINEAR, peak=0.2),
+    "vit_s_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.08),
+    "vit_b_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.006),
+    **{f"{arch}_semisup_1": dict(label_fraction=0.01, epochs=20, peak=0.04, head_lr=0.2, batch_size=256)
+       for arch in ("resnet50", "resnet50w2", "vit_b")},
+    **{f"{arch}_semisup_10": dict(label_fraction=0.1, epochs=20, peak=0.02, head_lr=0.2, batch_size=256)
+       for arch in ("resnet50", "resnet50w2", "vit_b")},
+    **{f"{arch}_semisup_100": dict(label_fraction=1, epochs=30, peak=0.01, head_lr=0.2, batch_size=256)
+       for arch in ("resnet50", "resnet50w2", "vit_b")},
+}
+OURS = {"fashion_mnist", "fashion_mnist_barlow", "fashion_mnist_teacher", "fashion_mnist_seed",
+        "fashion_mnist_representation", "fashion_mnist_selflabel", "fashion_mnist_lincls",
+        "fashion_mnist_semisup_1", "fashion_mnist_semisup_10", "cifar10", "stl10"}
+SMALL = {       # what makes a stage small enough for a test, and 512 pictures two steps
+    "pretrain": "--data fake --image-size 32 --local-size 16 --hidden-dim 16 --bunch-size 0 --batch-size 256 "
+                "--epochs 1 --warmup-epochs 1 --knn-every 0 --amp off",
+    "barlow": "--data fake --image-size 32 --hidden-dim 16 --batch-size 256 --epochs 1 --warmup-epochs 1 "
+              "--knn-every 0 --amp off",
+    "selflabel": "--local-size 16 --num-local 2 --batch-size 256 --bunch-size 0 --epochs 1 --amp off",
+    "lincls": "--batch-size 230 --epochs 1",        # a tenth may be held out
+    "distill": "--arch resnet8 --teacher-arch resnet8 --image-size 32 --local-size 16 --batch-size 256 "
+               "--queue-size 256 --epochs 1 --warmup-epochs 0 --amp off",
+    "semisup": "--label-fraction 0.5 --batch-size 128 --epochs 1",
+}
+
+
+def stage_of(recipe):
+    """The name of the script that a recipe is for, which stands in its first line."""
+    sign, script = RECIPES[recipe].read_text().split(":")[0].split()
+    assert sign == "#" and (ROOT / script).exists(), recipe
+    return script.removesuffix(".py")
+
+
+def parsed(recipe):
+    """The flags of a recipe, with those that its stage requires."""
+    stage = stage_of(recipe)
+    needs = {"pretrain": [], "barlow": [], "distill": ["--teacher", "FILE"],
+             "svm": ["--checkpoint", "FILE", "--data", "VOC"]}.get(stage, ["--checkpoint", "FILE"])
+    return parse_args(importlib.import_module(stage).get_parser(), [f"@{RECIPES[recipe]}", *needs])
+
+
+def test_every_recipe_is_known():
+    assert set(RECIPES) == set(PUBLISHED) | OURS
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_numbers_are_the_published_ones(recipe):
+    args = vars(parsed(recipe))
+    rates = args.get("lrs") or [args.get("lr", 0)]
+    args["peak"] = rates[0] * args.get("batch_size", 0) / 256
+    for key, value in PUBLISHED[recipe].items():
+        assert args[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+    assert len(rates) == 1
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """{arch: checkpoint of an untrained network}."""
+    folder = tmp_path_factory.mktemp("networks")
+    return {arch: saved_network(folder / f"{arch}.pth", f"--data fake --arch {arch} --num-classes 12")
+            for arch in ("resnet8", "vit_t")}
+
+
+TRAINED = [recipe for recipe in RECIPES if stage_of(recipe) in SMALL]
+
+
+def test_a_recipe_that_trains_nothing(here, networks, tmp_path):
+    """The recipe of svm.py needs VOC; test_svm.py makes a small one."""
+    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot"}
+    here(f"knn.py @{RECIPES['barlow_twins_knn']} --checkpoint {networks['resnet8']} --output-dir {tmp_path}")
+    assert (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_two_steps(recipe, here, networks, tmp_path):
+    stage, arch = stage_of(recipe), "vit_t" if recipe.startswith("vit") else "resnet8"
+    command = f"{stage}.py @{RECIPES[recipe]} {SMALL[stage]} --output-dir {tmp_path}"
+    if stage in ("pretrain", "distill"):
+        command += f" --num-local {min(2, parsed(recipe).num_local)}"
+    if stage in ("pretrain", "barlow"):
+        command += f" --arch {arch}" + " --num-classes 12" * (stage == "pretrain")
+    else:
+        command += f" --{'teacher' if stage == 'distill' else 'checkpoint'} {networks[arch]}"
+    here(command)
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2

@@ -1,0 +1,25 @@
+"""The trained network that the repository ships is what its page says."""
+
+import json
+
+import pytest
+from processes import ROOT
+
+from checkpoint import load_twist
+from cluster_eval import evaluate, predict
+from data import build_dataset, eval_batches
+
+WEIGHTS = ROOT / "weights"
+
+
+def test_weights_score_what_is_written_beside_them():
+    path = WEIGHTS / "fashion-mnist.pth"
+    assert path.stat().st_size < 4e6
+    network, config = load_twist(path)
+    stated = json.loads((WEIGHTS / "fashion-mnist.json").read_text())
+    dataset = build_dataset(config["data"], "test")
+    _, probabilities = predict(network, eval_batches(dataset, config, "cpu"))
+    scores = evaluate(dataset.labels.numpy(), probabilities.argmax(1), probabilities)
+    for name in ("acc", "acc_top5", "nmi", "ami", "ari"):      # another machine may round an image elsewhere
+        assert scores[name] == pytest.approx(stated[name], abs=2e-3), name
+    assert stated["acc"] > 0.6 and f"{stated['acc']:.3f}" in (WEIGHTS / "README.md").read_text()

@@ -1,0 +1,340 @@
+"""Views (augmentations) of whole batches, by tensor operations.
+
+All randomness of a view is a row of uniform numbers. `Batches` (data.py) draws them on the CPU, from (seed,
+step), for the whole global batch. Everything after that is a pure function. So a run sees the same views for
+any number of processes and workers, and wherever it was stopped.
+"""
+
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import UserError
+
+# Uniform numbers of one view of one image, by column:
+#   0-9 area, 10-19 width / height of ten tries for a crop; 20 top, 21 left; 22 flip
+#   23 jitter or not; 24-27 brightness, contrast, saturation, hue; 28-31 their order
+#   32 gray, 33 blur, 34 its sigma, 35 solarise; 36-39 each jitter operation or not, or 36-38 lighting
+UNIFORMS = 40
+# Principal components of ImageNet's colours (RGB in 0..1), a column each, and their standard deviations: for
+# AlexNet's noise. The numbers are those of fb.resnet.torch.
+COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
+JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
+VIEWS = {                        # published recipes: first global crop, second, and local crops if it has any
+    "barlow": (dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=1.0),
+               dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2)),
+    "moco": (dict(scale=(0.2, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),) * 2,
+    "moco-v1": (dict(scale=(0.2, 1), jitter=(0.4,) * 4, jitter_p=1, gray=0.2, gray_first=True),) * 2,
+    "multicrop": (dict(scale=(0.4, 1), jitter=JITTER, gray=0.2, blur=1.0),
+                  dict(scale=(0.4, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2),
+                  dict(scale=(0.05, 0.4), jitter=JITTER, gray=0.2, blur=0.5)),
+    "selflabel": (dict(scale=(0.14, 1), jitter=JITTER, gray=0.2, blur=1.0),
+                  dict(scale=(0.14, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2),
+                  dict(scale=(0.05, 0.14), jitter=JITTER, gray=0.2, blur=0.5)),
+    "seed": (dict(scale=(0.14, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),) * 2 + (
+        dict(scale=(0.05, 0.14), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),),
+    # not published: for gray images of 28 × 28, strong contrast instead of colours and no blur
+    "fashion-mnist": (dict(scale=(0.4, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True),) * 2 + (
+        dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0), jitter_each=True),),
+}
+
+
+def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, arch=""):
+    """The V = num_global + num_local views of a recipe in VIEWS, as a `Views`.
+
+    size, local_size: pixels of the crops. arch: the network that they are for. Raises UserError if the recipe
+    has no local crops, or if a crop is too small for the network.
+    """
+    recipe = VIEWS[name]
+    smallest = min(size, local_size) if num_local > 0 else size
+    if arch.startswith("vit") and smallest < 16:
+        raise UserError(f"--image-size, --local-size: {arch} has patches of 16, a crop {smallest} pixels")
+    if num_local > 0 and len(recipe) < 3:
+        raise UserError(f"--num-local {num_local}: --views {name} has no local crops; --views multicrop has")
+    views = [(size, recipe[v]) for v in range(num_global)]
+    views += [(local_size, recipe[-1])] * num_local
+    return Views(views, mean, std)
+
+
+def pick_views(name, data, published):
+    """The recipe for --views `name`. auto: our own for Fashion-MNIST, else the stage's `published` one."""
+    if name != "auto":
+        return name
+    return "fashion-mnist" if data == "fashion-mnist" else published
+
+
+class Views(nn.Module):
+    """V views. Neighbours of equal size and recipe are made in one call, which is faster."""
+
+    def __init__(self, sizes_and_recipes, mean, std):
+        super().__init__()
+        self.groups = []         # (view, first, end): views first to end - 1 of the V
+        for (size, recipe), equal in groupby(sizes_and_recipes):
+            first = len(self)
+            end = first + len(list(equal))
+            self.groups.append((RandomView(size, mean, std, **recipe), first, end))
+
+    def __len__(self):
+        return self.groups[-1][2] if self.groups else 0
+
+    def crop(self, pictures, uniforms):
+        """What a worker does: B pictures uint8 [3, H, W], of any sizes -> V crops uint8 [B, 3, h, w]."""
+        crops = []
+        for view, first, end in self.groups:
+            crops += [view.crop(pictures, u) for u in uniforms[first:end]]
+        return crops
+
+    def forward(self, images, uniforms, device=None):
+        """Images or crops, and uniforms, as `Batches` gives them -> V inputs [B, 3, h, w] on `device`."""
+        inputs = []
+        for view, first, end in self.groups:
+            number = end - first
+            u = uniforms[first:end].flatten(0, 1)                                 # [number · B, UNIFORMS]
+            if isinstance(images, list):
+                crops = [crop.to(device, non_blocking=True) for crop in images[first:end]]
+                made = view.colour(torch.cat(crops).float() / 255, u)
+            else:
+                made = view(images.to(device, non_blocking=True).repeat(number, 1, 1, 1), u)
+            inputs += made.chunk(number)
+        return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+
+
+class RandomView(nn.Module):
+    """Random resized crop (bicubic), flip, colour jitter, gray, blur, solarise, normalise; drawn per image.
+
+    The distributions are those of torchvision's RandomResizedCrop and ColorJitter.
+
+    size: pixels of the square output. scale: share of the area; ratio: width / height of the crop.
+    jitter: strengths of brightness, contrast, saturation, hue. All four happen together, with probability
+    jitter_p; with jitter_each, each is drawn by itself. gray_first: gray before the jitter, not after it.
+    flip, gray, blur, solarize: probabilities. sigma: range of the Gaussian blur, in pixels.
+    lighting: standard deviation of noise along COLOUR_AXES, in COLOUR_WIDTHS; on RGB only. Not together with
+    jitter_each, which reads the same uniform numbers.
+    """
+
+    def __init__(self, size, mean, std, scale, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0),
+                 jitter_p=0.8, jitter_each=False, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0,
+                 lighting=0.0, gray_first=False):
+        super().__init__()
+        self.size, self.mean, self.std, self.scale, self.ratio = size, mean, std, scale, ratio
+        self.flip, self.jitter, self.jitter_p, self.jitter_each = flip, jitter, jitter_p, jitter_each
+        self.gray, self.blur, self.sigma, self.solarize = gray, blur, sigma, solarize
+        self.lighting, self.gray_first = lighting, gray_first
+
+    def draw_crop(self, u, height, width):
+        """Box of the crop and whether to mirror it, a dict of [B]: top, left, height, width, flip.
+
+        u: uniform numbers [B, UNIFORMS] on the CPU. height, width: of the images, a number or [B].
+        """
+        height, width = torch.as_tensor(height).expand(len(u)), torch.as_tensor(width).expand(len(u))
+        smallest, largest = self.scale
+        area = (height * width)[:, None] * (smallest + u[:, 0:10] * (largest - smallest))
+        low, high = np.log(self.ratio)
+        ratio = torch.exp(low + u[:, 10:20] * (high - low))
+        w, h = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))     # ten tries
+        fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+        found, first = fits.any(1), fits.int().argmax(1, keepdim=True)            # [B], [B, 1]
+        # if none fits, torchvision takes the largest central crop whose ratio is allowed
+        central_w = torch.minimum(width, torch.round(height * self.ratio[1]))
+        central_h = torch.minimum(height, torch.round(width / self.ratio[0]))
+        w = torch.where(found, w.gather(1, first)[:, 0], central_w)
+        h = torch.where(found, h.gather(1, first)[:, 0], central_h)
+        top = torch.floor(torch.where(found, u[:, 20] * (height - h + 1), (height - h) / 2))
+        left = torch.floor(torch.where(found, u[:, 21] * (width - w + 1), (width - w) / 2))
+        return dict(top=top, left=left, height=h, width=w, flip=u[:, 22] < self.flip)
+
+    def draw_colour(self, u):
+        """What happens after the crop, a dict of [B]; jitter (happens or not) and order are [B, 4].
+
+        order: the four operations of the jitter, as they follow one another. u: [B, UNIFORMS] on the CPU.
+        """
+        strength, hue = torch.tensor(self.jitter[:3]), self.jitter[3]
+        low = (1 - strength).clamp_min(0)
+        factors = low + u[:, 24:27] * (1 + strength - low)                        # U(max(0, 1 - s), 1 + s)
+        chance = u[:, 36:40] if self.jitter_each else u[:, 23:24].expand(-1, 4)
+        least, most = self.sigma
+        return dict(jitter=chance < self.jitter_p, order=u[:, 28:32].argsort(1), brightness=factors[:, 0],
+                    contrast=factors[:, 1], saturation=factors[:, 2], hue=hue * (2 * u[:, 27] - 1),
+                    gray=u[:, 32] < self.gray, blur=u[:, 33] < self.blur,
+                    sigma=least + u[:, 34] * (most - least), solarize=u[:, 35] < self.solarize)
+
+    def draw_lighting(self, u):
+        """Uniform numbers [B, UNIFORMS] on the CPU -> what is added to red, green and blue, [B, 3]."""
+        # u is a multiple of 2^-24 from 0 to 1 - 2^-24; half a step more keeps the normal number finite
+        normal = torch.special.ndtri(u[:, 36:39].double() + 2 ** -25).float()
+        return self.lighting * normal * torch.tensor(COLOUR_WIDTHS) @ torch.tensor(COLOUR_AXES).T
+
+    def crop(self, pictures, u):
+        """B pictures uint8 [3, H, W] on the CPU, each of its own size -> uint8 [B, 3, size, size].
+
+        torch's kernel for bytes rounds between the axes, as Pillow does.
+        """
+        heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).T
+        drawn = self.draw_crop(u, heights, widths)
+        boxes = torch.stack([drawn[key] for key in ("top", "left", "height", "width")], 1).int().tolist()
+        crops = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
+        for crop, picture, (top, left, h, w) in zip(crops, pictures, boxes, strict=True):
+            part = picture[None, :, top:top + h, left:left + w]
+            crop.copy_(F.interpolate(part, (self.size, self.size), mode="bicubic", antialias=True)[0])
+        return torch.where(drawn["flip"].view(-1, 1, 1, 1), crops.flip(-1), crops)
+
+    def colour(self, x, u):
+        """Everything after the crop: x [B, C, h, w] in 0..1 on any device, overwritten -> [B, 3, h, w].
+
+        u: uniform numbers [B, UNIFORMS] on the CPU.
+        """
+        drawn = self.draw_colour(u)
+        is_colour = x.shape[1] == 3
+        if is_colour and self.gray_first:
+            _apply(to_gray, x, drawn["gray"])
+        self.jitter_colours(x, drawn)
+        if is_colour and not self.gray_first:
+            _apply(to_gray, x, drawn["gray"])
+        _apply(gaussian_blur, x, drawn["blur"], drawn["sigma"])
+        _apply(solarize, x, drawn["solarize"])
+        if is_colour and self.lighting > 0:           # may leave 0..1; the published code does not clamp it
+            x += self.draw_lighting(u).to(x.device)[:, :, None, None]
+        return normalize(x, self.mean, self.std)
+
+    def jitter_colours(self, x, drawn):
+        """Brightness, contrast, saturation and hue, in place, in an order of its own for each image."""
+        names = ("brightness", "contrast", "saturation", "hue")
+        ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+        possible = range(4 if x.shape[1] == 3 else 2)      # saturation and hue change nothing in a gray image
+        used = [i for i in possible if self.jitter[i] > 0]
+        # Each round applies to each image the next of its operations in use. Say the order of an image is
+        # (2, 0, 3, 1): saturation, brightness, hue, contrast. argsort inverts it to (1, 3, 0, 2), the
+        # position of each operation. If only brightness and contrast are in use, at positions 1 and 3, they
+        # come in rounds 0 and 1: the round of an operation is how many of those in use stand before it.
+        position = drawn["order"].argsort(1)[:, used]                             # [B, len(used)]
+        round_of = (position[:, :, None] > position[:, None, :]).sum(2)           # [B, len(used)]
+        for number in range(len(used)):
+            for k, i in enumerate(used):
+                chosen = drawn["jitter"][:, i] & (round_of[:, k] == number)
+                _apply(ops[i], x, chosen, drawn[names[i]])
+
+    def forward(self, images, u):
+        """images uint8 [B, C, H, W] on any device, u [B, UNIFORMS] on the CPU -> [B, 3, size, size]."""
+        drawn = self.draw_crop(u, *images.shape[-2:])
+        x = crop_resize(images, drawn["top"], drawn["left"], drawn["height"], drawn["width"], self.size,
+                        drawn["flip"])
+        return self.colour(x, u)
+
+
+def _apply(op, x, chosen, *params):
+    """x[chosen] = op(x[chosen], params[chosen]). `chosen` is on the CPU, so that no device is waited for."""
+    index = chosen.nonzero()[:, 0]
+    if len(index):
+        params = [param[index].to(x.device).view(-1, 1, 1, 1) for param in params]
+        index = index.to(x.device)
+        x[index] = op(x[index], *params)
+
+
+# ---------------------------------------------------------------- operations on batches
+def crop_resize(images, top, left, height, width, size, flip):
+    """Crops of uint8 images [B, C, H, W], resized (bicubic) to [B, C, size, size] in 0..1; some mirrored.
+
+    top, left, height, width: whole numbers, [B]. flip: bool [B]. It resizes as Pillow does up to version 12:
+    antialiased, horizontal before vertical, clamped between. Pillow 13 starts with vertical for some shapes.
+    A crop is two matrix products; the horizontal matrix turned upside down mirrors it.
+    """
+    H, W = images.shape[-2:]
+    top, left, height, width, flip = (t.to(images.device) for t in (top, left, height, width, flip))
+    horizontal = _bicubic_matrix(left, width, W, size, flip)                      # [B, size, W]
+    vertical = _bicubic_matrix(top, height, H, size, torch.zeros_like(flip))      # [B, size, H]
+    x = torch.matmul(images.float(), horizontal[:, None].mT).clamp_(0, 255)
+    return torch.matmul(vertical[:, None], x).clamp_(0, 255).div_(255)
+
+
+def _bicubic_matrix(start, length, in_size, out_size, flip):
+    """Weights [B, out_size, in_size] that resample `length` pixels from `start` on, mirrored if flip."""
+    start, length = start[:, None], length[:, None]
+    scale = length / out_size
+    pixel = torch.arange(in_size, device=start.device) + 0.5                      # centres, [in_size]
+    inside = (pixel > start) & (pixel < start + length)                           # [B, in_size]
+    source = torch.where(inside, pixel - start, torch.inf)                        # infinitely far: weight 0
+    target = torch.arange(out_size, device=start.device) + 0.5                    # [out_size]
+    target = torch.where(flip[:, None], out_size - target, target) * scale        # [B, out_size]
+    reach = scale.clamp_min(1)                   # antialiasing: the kernel is wider where the image shrinks
+    x = ((source / reach)[:, None] - (target / reach)[:, :, None]).abs_()         # [B, out_size, in_size]
+    # cubic convolution, a = -0.5, as a sum of two pieces that end at distances 1 and 2: no torch.where needed
+    near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
+    weights = near * near * (1 - 2 * near) + far * far * (far - 1) / 2
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def gray(x):
+    """Luma (ITU-R 601) [B, 1, H, W] of [B, 3, H, W]; a single channel is returned as it is."""
+    if x.shape[1] == 1:
+        return x
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def to_gray(x):
+    return gray(x).expand_as(x)
+
+
+def adjust_brightness(x, factor):
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x, factor):
+    """Blends with the mean gray of the image."""
+    mean = gray(x).mean((1, 2, 3), keepdim=True)
+    return (mean + (x - mean) * factor).clamp_(0, 1)
+
+
+def adjust_saturation(x, factor):
+    """Blends with the gray image."""
+    luma = gray(x)
+    return (luma + (x - luma) * factor).clamp_(0, 1)
+
+
+def adjust_hue(x, shift):
+    """Turns the hue by `shift` [B, 1, 1, 1], a share of the full circle, in HSV."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    safe = chroma.clamp_min(1e-9)                     # a gray pixel has chroma 0, and then any hue will do
+    hue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    hue = torch.where(value == r, (g - b) / safe, hue)
+    hue += 6 * shift[:, 0]                            # in sixths of the circle
+    y = torch.empty_like(x)
+    for channel, n in enumerate((5, 3, 1)):           # value - chroma · max(0, min(k, 4 - k, 1))
+        k = hue + n
+        k -= (k / 6).floor_().mul_(6)                 # k modulo 6; torch.remainder is several times slower
+        share = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)           # min(k, 4 - k) is 2 - |k - 2|
+        torch.addcmul(value, share, chroma, value=-1, out=y[:, channel])
+    return y
+
+
+def gaussian_blur(x, sigma):
+    """Exact Gaussian blur, sigma [B, 1, 1, 1] of at most 2 pixels: cut off at 8 pixels, edges repeated."""
+    size, reach = x.shape[-1], 8
+    taps = torch.arange(-reach, reach + 1, device=x.device)
+    weights = torch.exp(-0.5 * (taps / sigma.view(-1, 1)) ** 2)                   # [B, 17]
+    weights = weights / weights.sum(1, keepdim=True)
+    pixels = torch.arange(size, device=x.device)
+    source = (pixels[:, None] + taps).clamp(0, size - 1)                          # [size, 17]
+    # row i of an image's matrix adds the weight of each tap to the pixel that it reads
+    matrix = torch.einsum("bk,ikj->bij", weights, F.one_hot(source, size).to(x))[:, None]
+    return matrix @ x @ matrix.mT
+
+
+def solarize(x):
+    """Inverts values of at least 128 / 255, as Pillow does."""
+    return torch.where(x > 127.5 / 255, 1 - x, x)
+
+
+def normalize(images, mean, std):
+    """Pixels 0..1 [B, C, H, W] -> the network's input [B, 3, H, W]. mean, std: one number or three.
+
+    A gray image is repeated in three channels.
+    """
+    mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+    return ((images - mean) / std).expand(-1, 3, -1, -1)
