@@ -333,13 +333,18 @@ def read_picture(path):
         raise UserError(printable(f"{path}: not a readable picture ({reason})")) from None
 
 
-# ---------------------------------------------------------------- batches to train on
+# ---------------------------------------------------------------- labelled sets
+def same_files(train, test):
+    """Whether train and test are the same files, as for a folder that has no train and val in it."""
+    return train.images is None and np.array_equal(train.paths, test.paths)
+
+
 def labelled(data, seed, data_dir):
     """(train, test) of a labelled data set. Raises UserError if there are no labels or no such parts."""
     train, test = (build_dataset(data, split, seed, data_dir) for split in ("train", "test"))
     if train.labels is None or test.labels is None:
         raise UserError(f"--data {data}: has no labels, which classification needs")
-    if train.images is None and np.array_equal(train.paths, test.paths):
+    if same_files(train, test):
         raise UserError(f"--data {data}: has no train and val parts; training images would be tested on")
     return train, test
 
@@ -354,6 +359,7 @@ def hold_out(labels, share, seed):
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
+# ---------------------------------------------------------------- batches to train on
 class Batches(torch.utils.data.Dataset):
     """Item t is this process's share of step t: (images, uniforms [V, B, UNIFORMS], labels [B] or None).
 

@@ -12,12 +12,11 @@ The first command takes less than 2 minutes of one CPU core; its top-1 accuracy 
 import argparse
 import json
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import UserError, load_pretrained, write_atomically
-from data import build_dataset, eval_batches
+from data import build_dataset, eval_batches, same_files
 from model import ARCHS
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
 
@@ -125,11 +124,6 @@ def knn_images(args, dataset):
         train.broken = dataset.broken
     return [part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
             for part in (train, test)]
-
-
-def same_files(train, test):
-    """Whether train and test are the same files, as for a folder that has no train and val in it."""
-    return train.images is None and np.array_equal(train.paths, test.paths)
 
 
 def knn_accuracy(backbone, train, test, args, device, k=20):
