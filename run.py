@@ -115,6 +115,10 @@ def launch(main, parser, argv=None):
     if rank == "0" and restarts not in (None, "0") and shared == "True":
         to_stderr("warning: ranks that torchrun restarts may not find each other; set "
                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment to prevent that")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # of torchrun on this machine
+    if getattr(args, "device", None) == "cuda" and processes > torch.cuda.device_count():
+        _exit(parser.prog, f"--nproc-per-node {processes}: this machine has only "
+              f"{torch.cuda.device_count()} GPU(s)")
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         # Python 3.14 would start workers from a server, which a signal to the process group kills
         multiprocessing.set_start_method("fork")
@@ -150,7 +154,8 @@ def _explain(error, args):
             place = error.filename or f"standard output, or the log in {out}"
             return f"{place}: cannot be written ({error.strerror})", 2
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
-        return f"not enough memory ({said.splitlines()[0][:120]}); try a smaller --batch-size", 2
+        how_much = ". ".join(said.splitlines()[0].split(". ")[:2])
+        return f"not enough memory ({how_much}); try a smaller --batch-size", 2
     elif worker := re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)[^.]*", said):
         return (f"{worker[0]}; short of memory? Try fewer --workers; the same command resumes from the last "
                 "checkpoint"), 1

@@ -274,6 +274,9 @@ ENDS = {                         # what a stage does: exit code, error
                "--batch-size"),
     "torch's memory": (lambda args: torch.empty(2 ** 60), 2, r"not enough memory \(.*\); try a smaller "
                        "--batch-size"),
+    "a GPU's memory": (lambda args: raised(torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 32.00 GiB. GPU 0 has a total capacity of 139.80 GiB")), 2,
+        r"not enough memory \(CUDA out of memory. Tried to allocate 32.00 GiB\); try a smaller --batch-size"),
     "Ctrl-C": (lambda args: raised(KeyboardInterrupt()), 130, None),
 }
 
@@ -317,6 +320,19 @@ def test_mistake_of_all_ranks_is_one_line(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             launch(lambda args: raised(UserError("--data x: is missing")), flags_parser(), [])
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_gpus_is_one_line_of_the_machine(rank, capsys, monkeypatch):
+    for name, value in (("LOCAL_RANK", str(rank)), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    parser = flags_parser()
+    parser.set_defaults(device="cuda")
+    with pytest.raises(SystemExit) as stop:
+        launch(lambda args: None, parser, [])
+    line = "toy.py: error: --nproc-per-node 2: this machine has only 1 GPU(s)\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == (line if rank == 0 else "")
 
 
 def test_restarts_that_would_fail_are_warned_about(capsys, monkeypatch):

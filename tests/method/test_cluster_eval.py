@@ -14,6 +14,7 @@ from processes import ROOT, metrics_of, saved_network
 from sklearn import metrics as sk
 
 import cluster_eval
+import pictures
 from checkpoint import UserError, save_checkpoint
 from cluster_eval import evaluate, evaluate_with_noise, expected_mutual_information, silhouette
 from data import build_dataset
@@ -416,10 +417,16 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def start(here, checkpoint, tmp_path):
-    """start("--silhouette", code=0): cluster_eval.py on the checkpoint, into tmp_path/out; (out, err)."""
-    def run_here(flags="", code=0):
-        return here(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/out {flags}", code)
+def start(here, checkpoint, tmp_path, monkeypatch):
+    """start("--silhouette", code=0): cluster_eval.py on the checkpoint, into tmp_path/out; (out, err).
+
+    Without pictures=True none is drawn, which takes longer than all the rest.
+    """
+    def run_here(flags="", code=0, pictures=False):
+        with monkeypatch.context() as patch:
+            if not pictures:
+                patch.setattr(cluster_eval, "draw_clusters", lambda *args: None)
+            return here(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/out {flags}", code)
     return run_here
 
 
@@ -429,7 +436,7 @@ def assignments_of(folder):
 
 
 def test_command(start, tmp_path):
-    out, _ = start(f"--output_dir {tmp_path} --device cpu --pixel-kmeans")
+    out, _ = start(f"--output_dir {tmp_path} --device cpu --pixel-kmeans", pictures=True)
     metrics, rows = metrics_of(tmp_path), assignments_of(tmp_path)
     labels = build_dataset("fake", "test", seed=3).labels.numpy()
     assert [int(row["label"]) for row in rows] == labels.tolist()
@@ -500,13 +507,14 @@ def test_map_from_another_split(start, tmp_path):
         assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_many_clusters_take_several_sheets(start, tmp_path):
-    network = saved_network(tmp_path / "c.pth", f"{FLAGS} --num-classes 100")
-    out, _ = start(f"--checkpoint {network} --bn-images 512")
+def test_many_clusters_take_several_sheets(start, tmp_path, monkeypatch):
+    for module in (cluster_eval, pictures):
+        monkeypatch.setattr(module, "PER_SHEET", 4)
+    out, _ = start("--bn-images 512", pictures=True)
     used = metrics_of(tmp_path / "out")["num_clusters_used"]
-    assert used > 40 and (tmp_path / "out/contact_sheet_2.png").exists()
-    assert f"and {used - 40} smaller ones, see metrics.json" in out
-    start(f"--checkpoint {network} --contact-sheets 1")
+    assert used > 4 and (tmp_path / "out/contact_sheet_2.png").exists()
+    assert f"and {used - 4} smaller ones, see metrics.json" in out
+    start("--bn-images 512 --contact-sheets 1", pictures=True)
     assert [path.name for path in (tmp_path / "out").glob("contact*")] == ["contact_sheet.png"]
 
 
@@ -527,7 +535,7 @@ def test_without_labels_nothing_is_scored(start, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_eval, "build_dataset", unlabelled)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/confusion_matrix.png").write_text("of an earlier run")
-    start()
+    start(pictures=True)
     metrics = metrics_of(tmp_path / "out")
     assert not {"acc", "nmi", "mapping"} & metrics.keys() and "purity" not in metrics["clusters"][0]
     assert not (tmp_path / "out/confusion_matrix.png").exists() and (tmp_path / "out/top3.png").exists()
@@ -535,7 +543,7 @@ def test_without_labels_nothing_is_scored(start, tmp_path, monkeypatch):
 
 def test_without_matplotlib_only_the_pictures_are_missing(start, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    out, _ = start()
+    out, _ = start(pictures=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["assignments.csv", "metrics.json"]
     assert out.count("no pictures: matplotlib is not installed") == 1
 
