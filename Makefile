@@ -14,7 +14,7 @@ demo: $(ENVIRONMENT)
 	$(PYTHON) cluster_eval.py --checkpoint runs/demo/checkpoint.pth --output-dir runs/demo/classes --pixel-kmeans
 
 test: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m slow

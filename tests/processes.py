@@ -85,7 +85,10 @@ def in_fork(words, output, ranks, prepare):
     if prepare:
         prepare()
     script = importlib.import_module(words[0].removesuffix(".py"))
-    launch(script.main, script.get_parser())
+    try:
+        launch(script.main, script.get_parser())
+    finally:
+        atexit._run_exitfuncs()                                 # which a fork leaves out
 
 
 class Started:
@@ -174,7 +177,7 @@ def bounds_of(action):
 
 
 # ---------------------------------------------------------------- what a run wrote
-def saved_network(path, flags="--data fake --arch resnet8"):
+def saved_network(path, flags="--data fake --image-size 16"):
     """Writes a checkpoint of an untrained network, as pretrain.py with these flags would begin; its path."""
     torch.manual_seed(0)
     config = vars(parse_args(pretrain.get_parser(), shlex.split(f"--hidden-dim 32 {flags}")))

@@ -16,24 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, losses, same, wait_until
+from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, wait_until
 
-import barlow
 import checkpoint
-import distill
 import pretrain
 import run
-from loss import barlow_twins_terms, twist_loss
-from model import Twist, build_network
 
 EVALUATIONS = {"knn": "--checkpoint {network} --k 5", "cluster_eval": "--checkpoint {network}"}
 
 
 @pytest.fixture
-def tried(here, small_network):
+def tried(here, network):
     """tried(stage, flags, code): stderr of a stage in this process, one line if the code is not 0."""
     def start(stage, flags, code=2):
-        _, err = here(f"{stage}.py {flags.format(network=small_network)}", code)
+        _, err = here(f"{stage}.py {flags.format(network=network)}", code)
         assert err.count("\n") == (code != 0), err
         return err
     return start
@@ -80,17 +76,17 @@ def full_after_a_save(stage, network, out, fill):
 
 @pytest.mark.parametrize("stage", ["lincls", *(pytest.param(s, marks=pytest.mark.slow)
                                                for s in STAGES if s != "lincls")])
-def test_files_that_may_not_grow(stage, small_network, tmp_path):
+def test_files_that_may_not_grow(stage, network, tmp_path):
     """The limit of a quota, set while the run goes on."""
     def limit(process):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         return lambda: None
-    full_after_a_save(stage, small_network, tmp_path / "run", limit)
+    full_after_a_save(stage, network, tmp_path / "run", limit)
 
 
 @pytest.mark.parametrize("stage", ["semisup", *(pytest.param(s, marks=pytest.mark.slow)
                                                 for s in STAGES if s != "semisup")])
-def test_a_full_disk(stage, small_network, tmp_path):
+def test_a_full_disk(stage, network, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=100m", "tmpfs") as disk:
         def fill(process):
             filler = open(disk / "filler", "wb")
@@ -103,11 +99,11 @@ def test_a_full_disk(stage, small_network, tmp_path):
             return (disk / "filler").unlink
         (disk / "run").mkdir()
         (tmp_path / "run").symlink_to(disk / "run")             # its output goes elsewhere
-        full_after_a_save(stage, small_network, tmp_path / "run", fill)
+        full_after_a_save(stage, network, tmp_path / "run", fill)
 
 
 @pytest.mark.slow
-def test_a_disk_too_small_for_a_save(small_network, tmp_path):
+def test_a_disk_too_small_for_a_save(network, tmp_path):
     """Full in the middle of a file, for which torch has words of its own."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs") as disk:
         (disk / "run").mkdir()
@@ -118,7 +114,8 @@ def test_a_disk_too_small_for_a_save(small_network, tmp_path):
         assert not list((disk / "run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("errors", [None, pytest.param(subprocess.PIPE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("errors", [None, subprocess.PIPE])
 def test_output_to_a_full_disk(errors, tmp_path):
     """The exit code is right all the same; /dev/full is one."""
     command = f"{sys.executable} lincls.py --checkpoint weights/fashion-mnist.pth --data fake --epochs 1"
@@ -152,9 +149,9 @@ def test_a_read_only_disk(stage, flags, tried, tmp_path):
 
 @pytest.mark.parametrize("stage", ["lincls", *(pytest.param(s, marks=pytest.mark.slow)
                                                for s in STAGES if s != "lincls")])
-def test_the_folder_is_removed_in_mid_run(stage, small_network, tmp_path):
+def test_the_folder_is_removed_in_mid_run(stage, network, tmp_path):
     out = tmp_path / "run"
-    process = begin(stage, f"{STAGES[stage].format(network=small_network)} {OFTEN} --epochs 40", out)
+    process = begin(stage, f"{STAGES[stage].format(network=network)} {OFTEN} --epochs 40", out)
     assert wait_until((out / "checkpoint.prev.pth").exists, process)
     while out.exists():                                         # it may be writing just now
         shutil.rmtree(out, ignore_errors=True)
@@ -316,6 +313,7 @@ def test_weights_that_are_not_finite(tried, tmp_path):
     assert "at step 1 the weights are not finite" in err and not list(tmp_path.glob("check*"))
 
 
+@pytest.mark.slow
 def test_fp16_resumes_with_its_scale(tmp_path):
     """Killed, in half precision: weights and the gradient's scale, with its age, are those of the other."""
     flags = ("--data fake --batch-size 16 --epochs 1 --hidden-dim 16 --image-size 8 --knn-every 0 --amp fp16 "
@@ -333,49 +331,3 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert states["straight"]["scaler"]["scale"] > 1 and states["straight"]["scaler"]["_growth_tracker"] > 20
     assert same(states["straight"], states["killed"])
-
-
-def constant_network(config, *args):
-    """A network whose last layer says the same of all images."""
-    network = build_network(config, *args)
-    last = network.fc if config["loss"] == "seed" else network.projector
-    torch.nn.init.zeros_(last[-1].weight)
-    return network
-
-
-@pytest.mark.parametrize("stage, flags, word, bias", [
-    ("pretrain", "--alpha 0 --no-nbs --ema 0", "uniform", None), ("barlow", "--lr 0", "constant", None),
-    ("selflabel", "--lr 0", "uniform", 0), ("selflabel", "--lr 0", "one-class", 3),
-    ("distill", "--lr 0", "constant", None)])
-def test_a_collapse_is_named(stage, flags, word, bias, here, small_network, tmp_path, monkeypatch):
-    """In the log and in the lines of progress; the run continues to its end."""
-    flags = f"{STAGES[stage].format(network=small_network)} {flags}"
-    for module in (barlow, distill):
-        monkeypatch.setattr(module, "build_network", constant_network)
-    if bias is not None:                                        # a network that has collapsed already
-        config = dict(checkpoint.load_checkpoint(small_network)["config"], nbs=False)
-        network = Twist(config["arch"], 10, config["hidden_dim"], nbs=False)
-        torch.nn.init.normal_(network.projection_heads.last_linear.weight, std=1e-4)
-        network.projection_heads.last_linear.bias.data = bias * torch.eye(10)[0]
-        checkpoint.save_checkpoint(tmp_path / "network.pth", dict(model=network.state_dict(), config=config))
-        flags += f" --checkpoint {tmp_path}/network.pth"
-    flags += " --epochs 3 --print-every 2 --save-every 100 --warmup-epochs 0.1"
-    said, _ = here(f"{stage}.py {flags} --output-dir {tmp_path}/run")
-    named = [line["step"] for line in losses(tmp_path / "run") if line.get("collapsed") == word]
-    assert len(named) > 3 and said.count(f" | collapsed: {word}\n") == len(named)
-    assert log_lines(tmp_path / "run")[-1]["status"] == "done"
-
-
-def test_collapses_have_a_word():
-    torch.manual_seed(0)
-    assert distill.spread(torch.ones(8, 5)) == 0 and distill.spread(torch.eye(8)) == pytest.approx(7 / 8)
-    z, health = torch.randn(64, 32), dict(std_col=torch.ones(()))
-    for logits, word in ((z, None), (9 * torch.eye(32).repeat(2, 1), None), (0.01 * z, "uniform"),
-                         (9 * torch.eye(32)[:1] + 0.01 * z, "one-class")):
-        entry = pretrain.describe(twist_loss(logits.expand(2, -1, -1)), health, 32)
-        assert entry.get("collapsed") == word and entry["std_col"] == 1
-    for a, b, word in ((z, z + 0.5 * torch.randn(64, 32), None), (z, torch.randn(64, 32), None),
-                       (1e-6 * z, 1e-6 * z, "constant"),
-                       (z[:, :1] + 0.01 * z, z[:, :1] + 0.01 * z, "one-dimension")):
-        entry = barlow.describe(barlow_twins_terms(a, b), health, 32)
-        assert entry.get("collapsed") == word and entry["std_col"] == 1

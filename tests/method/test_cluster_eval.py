@@ -3,14 +3,13 @@
 import csv
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, metrics_of, saved_network
+from processes import metrics_of, run, saved_network
 from sklearn import metrics as sk
 
 import cluster_eval
@@ -281,7 +280,8 @@ def test_command_with_predictions(here, tmp_path):
     predictions = np.where(rng.random(300) < 0.7, 10 * labels, 10 * rng.integers(0, 5, 300))
     predictions[:30] = -1
     np.savez(tmp_path / "a.npz", labels=np.array(list("abcde"))[labels], predictions=predictions)
-    out, _ = here(f"cluster_eval.py --predictions {tmp_path}/a.npz --output-dir {tmp_path}/out")
+    out, _ = here(f"cluster_eval.py --predictions {tmp_path}/a.npz --output-dir {tmp_path}/out",
+                  pictures=True)
     metrics = metrics_of(tmp_path / "out")
     assert metrics["ari"] == pytest.approx(sk.adjusted_rand_score(labels, predictions), abs=1e-12)
     assert metrics["acc"] == np.mean(predictions == 10 * labels) and metrics["class_names"] == list("abcde")
@@ -408,7 +408,7 @@ def test_pictures_are_written(tmp_path):
 
 
 # ---------------------------------------------------------------- the command
-FLAGS = "--data fake --arch resnet8 --num-classes 14 --hidden-dim 16 --seed 3"
+FLAGS = "--data fake --image-size 16 --num-classes 14 --hidden-dim 16 --seed 3"
 
 
 @pytest.fixture(scope="module")
@@ -417,16 +417,11 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def start(here, checkpoint, tmp_path, monkeypatch):
-    """start("--silhouette", code=0): cluster_eval.py on the checkpoint, into tmp_path/out; (out, err).
-
-    Without pictures=True none is drawn, which takes longer than all the rest.
-    """
-    def run_here(flags="", code=0, pictures=False):
-        with monkeypatch.context() as patch:
-            if not pictures:
-                patch.setattr(cluster_eval, "draw_clusters", lambda *args: None)
-            return here(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/out {flags}", code)
+def start(here, checkpoint, tmp_path):
+    """start("--silhouette", code=0): cluster_eval.py on the checkpoint, into tmp_path/out; (out, err)."""
+    def run_here(flags="", *args, **kwargs):
+        command = f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/out {flags}"
+        return here(command, *args, **kwargs)
     return run_here
 
 
@@ -598,8 +593,5 @@ def test_a_refusal_leaves_no_folder_and_no_traceback(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     state["model"]["projection_heads.last_linear.weight"][:] = torch.nan
     save_checkpoint(tmp_path / "nan.pth", state)
-    command = [sys.executable, "cluster_eval.py", "--checkpoint", tmp_path / "nan.pth",
-               "--output-dir", tmp_path / "out"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and "nan.pth" in ended.stderr and len(ended.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    _, err = run(f"cluster_eval.py --checkpoint {tmp_path}/nan.pth --output-dir {tmp_path}/out", code=2)
+    assert "nan.pth" in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -139,7 +139,7 @@ def worker(rank, world_size, store, cases):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     images = BATCH // world_size
     bunch_sizes = [None, images, images // 2]

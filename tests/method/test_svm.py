@@ -132,6 +132,12 @@ def voc(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A network for 32 pixels, whose last map has 4 × 4 places."""
+    return saved_network(tmp_path_factory.mktemp("network") / "resnet8.pth", "--data fake")
+
+
 @pytest.fixture
 def start(here, network, voc, tmp_path):
     """start("--shots 2", code=0): svm.py on the small VOC with other flags; returns (out, err)."""

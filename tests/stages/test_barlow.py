@@ -8,10 +8,10 @@ import barlow
 import pretrain
 from checkpoint import save_checkpoint
 from loss import barlow_twins_terms
-from model import BarlowTwins
+from model import BarlowTwins, build_network
 from run import parse_args
 
-SMALL = "--data fake --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
+SMALL = "--data fake --image-size 16 --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,19 @@ def test_log_and_files_of_a_run(trained):
     assert rates == pytest.approx([entries[-1]["lr"], 0.1 * entries[-1]["lr"]])
 
 
-def test_printed_lines_fit_120_columns(here, tmp_path):
+def test_printed_lines_fit_120_columns(here, tmp_path, monkeypatch):
     """The longest there is says that the run has collapsed; the k-NN accuracy has a line of its own."""
-    out, _ = here(f"barlow.py {SMALL} --batch-size 128 --epochs 1 --output-dir {tmp_path}/run")
+    def constant(*args):
+        network = build_network(*args)
+        torch.nn.init.zeros_(network.projector[-1].weight)
+        return network
+    monkeypatch.setattr(barlow, "build_network", constant)
+    out, _ = here(f"barlow.py {SMALL} --lr 0 --batch-size 128 --epochs 1 --output-dir {tmp_path}/run")
     steps = [line for line in out.splitlines() if line.startswith("step ")]
-    longest = len(" | collapsed: one-dimension")
-    assert len(steps) == 2 and all(len(line) + longest <= 120 for line in steps)
+    more = len("one-dimension") - len("constant")
+    assert len(steps) == 2 and all(len(line) + more <= 120 for line in steps)
+    assert all(line.endswith(" | collapsed: constant") for line in steps)
+    assert [line["collapsed"] for line in log_lines(tmp_path / "run") if "loss" in line] == 2 * ["constant"]
     told = [line for line in out.splitlines() if "20-NN accuracy" in line]
     assert len(told) == 1 and told[0].startswith("epoch 1: 20-NN accuracy ")
 

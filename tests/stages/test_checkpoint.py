@@ -32,7 +32,8 @@ CONFIG = {"arch": "resnet8", "num_classes": 10, "hidden_dim": 16, "bunch_size": 
 
 def randomised(arch, seed, small_images=False):
     """A state dict of a backbone in which no two tensors are equal."""
-    state = build_backbone(arch, small_images).state_dict()
+    with torch.device("meta"):
+        state = build_backbone(arch, small_images).state_dict()
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(value.shape, generator=generator).abs() if value.is_floating_point() else
             torch.tensor(seed * 1000 + i) for i, (name, value) in enumerate(state.items())}

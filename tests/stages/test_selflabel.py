@@ -9,7 +9,7 @@ from processes import log_lines, metrics_of, run, saved_network, weights
 import selflabel
 from checkpoint import save_checkpoint
 
-FIRST = "--data fake --batch-size 64 --epochs 1 --hidden-dim 32 --knn-every 0"
+FIRST = "--data fake --image-size 16 --batch-size 64 --epochs 1 --hidden-dim 32 --knn-every 0"
 FLAGS = "--batch-size 64 --epochs 2 --print-every 2 --lr 0.01"
 
 
@@ -92,11 +92,11 @@ def test_two_processes_equal_one(pretrained, tmp_path):
 
 def test_a_vit_keeps_its_drop_path_and_its_teacher(here, tmp_path, monkeypatch):
     """The second stage trains with the first's noise; its teacher begins as the first's and has none."""
-    here(f"pretrain.py {FIRST} --arch vit_t --image-size 16 --batch-size 256 --ema 0.9 "
+    here(f"pretrain.py {FIRST} --arch vit_t --batch-size 512 --ema 0.9 "
          f"--drop-path 0.3 --lr 0.01 --warmup-epochs 0 --output-dir {tmp_path}/first")
     built, build = [], selflabel.build_ours
     monkeypatch.setattr(selflabel, "build_ours", lambda *args: built.append(build(*args)) or built[-1])
-    here(f"selflabel.py --checkpoint {tmp_path}/first/checkpoint.pth --batch-size 256 --epochs 1 --ema 0.5 "
+    here(f"selflabel.py --checkpoint {tmp_path}/first/checkpoint.pth --batch-size 512 --epochs 1 --ema 0.5 "
          f"--quantile 0 --quantile-end 0 --output-dir {tmp_path}/second")
     assert [round(network.backbone.blocks[11].drop_path.p, 6) for network in built] == [0.3, 0]
     first, second = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
@@ -139,7 +139,7 @@ def test_steps_without_a_confident_image_in_fp16(pretrained, here, tmp_path):
 
 def collapsed_network(path, bias):
     """Writes a checkpoint whose classes do not depend on the image; bias: logit of the first of ten."""
-    state = torch.load(saved_network(path, "--data fake --no-nbs"), weights_only=True)
+    state = torch.load(saved_network(path, "--data fake --image-size 16 --no-nbs"), weights_only=True)
     head = "projection_heads.last_linear"
     torch.nn.init.normal_(state["model"][f"{head}.weight"], std=1e-4)
     state["model"][f"{head}.bias"] = bias * torch.eye(10)[0]

@@ -1,14 +1,13 @@
 """Lists of labels and each mistake in them, balanced fractions, fine-tuning as torch's own pieces do it."""
 
 import csv
-import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import finish, log_lines, metrics_of, run, same, saved_network, start, wait_until, weights
+from processes import log_lines, metrics_of, run, saved_network, weights
 from torch import nn
 
 import checkpoint
@@ -203,22 +202,7 @@ def test_pictures_from_files_by_a_list_in_simclrs_form(tmp_path, here):
     assert (tmp_path / "run" / "labels.txt").read_text().startswith("n01440764/n01440764_0.JPEG n01440764\n")
 
 
-# ---------------------------------------------------------------- stopped, several processes
-def test_stopped_and_resumed_run_ends_with_the_same_weights(network, tmp_path, here):
-    """Between two checkpoints, so that the signal saves; killing is tested with lincls.py."""
-    here(f"{small(network, tmp_path / 'straight')} --epochs 12")
-    command = f"{small(network, tmp_path / 'run')} --epochs 12"
-    process = start(command)
-    assert wait_until(lambda: len(log_lines(tmp_path / "run")) >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = finish(process, 143)
-    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-    assert "stopped by SIGTERM" in out and 2 <= state["step"] < 48
-    here(command)
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "straight")
-
-
+# ---------------------------------------------------------------- several processes
 def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
     """Batch norms are by process, so the weights are others than one process's; evaluated by one and by three
     processes they give the same predictions, each test image once."""
