@@ -22,8 +22,8 @@ def draw_curves(path, entries, config):
     except ImportError:
         print(f"{path} is not drawn: matplotlib is not installed")
         return
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 4.2))
+    left, right = figure.subplots(1, 2, gridspec_kw=dict(left=0.07, right=0.98, bottom=0.26, wspace=0.22))
     steps = [entry["step"] for entry in entries]
     twist = config.get("loss", "twist") == "twist"
     terms = ("consistency", "sharpness", "diversity") if twist else ("invariance", "redundancy")

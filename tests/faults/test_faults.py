@@ -188,7 +188,7 @@ def save_or_die(path, state, fatal):
     path.with_name("operations").write_text(json.dumps(Counted.done))
 
 
-@pytest.mark.parametrize("saved_before", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("saved_before", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
 def test_killed_before_every_operation_of_a_save(saved_before, tmp_path):
     """What is found is the last state or the one before, whole, and the next save is none the worse."""
     def state(step):

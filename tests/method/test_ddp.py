@@ -146,7 +146,7 @@ def test_gradients_equal_those_of_one_process(world_size, tmp_path):
     if world_size == 4:
         bunch_sizes.append(2 * images)
     cases = []
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32)[:1 if world_size == 2 else 2]:
         for crops in SIZES:
             cases += [Case("twist", dtype, crops, bunch_size) for bunch_size in bunch_sizes]
         for loss in ("momentum", "self-label", "self-label, teacher", "seed"):

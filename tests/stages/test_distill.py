@@ -102,6 +102,7 @@ def test_queues_and_dropout_are_resumed(teacher, here, tmp_path, monkeypatch):
     assert same(whole["model"], halves["model"]) and same(whole["queues"], halves["queues"])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(teacher, distilled, tmp_path):
     run(f"distill.py --teacher {teacher} {FLAGS} --num-local 2 --output-dir {tmp_path}/two", ranks=2)
     one, two = ([line for line in log_lines(folder) if "loss" in line]

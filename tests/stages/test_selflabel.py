@@ -72,6 +72,7 @@ def test_the_chain_in_two_processes(tmp_path):
     evaluate_by_every_stage(tmp_path / "two/checkpoint.pth", tmp_path, ranks=2)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(pretrained, tmp_path):
     """The threshold is that of the global batch, so the same images are chosen, until rounding decides."""
     flags = (f"--checkpoint {pretrained}/checkpoint.pth {FLAGS} --epochs 1 --optimizer sgd --lr 0.05 "
@@ -90,6 +91,7 @@ def test_two_processes_equal_one(pretrained, tmp_path):
             assert (value - states[1][part][name]).float().norm() <= 0.02 * (1 + value.float().norm()), name
 
 
+@pytest.mark.slow
 def test_a_vit_keeps_its_drop_path_and_its_teacher(here, tmp_path, monkeypatch):
     """The second stage trains with the first's noise; its teacher begins as the first's and has none."""
     here(f"pretrain.py {FIRST} --arch vit_t --batch-size 512 --ema 0.9 "
