@@ -32,8 +32,8 @@ from pictures import draw_curves
 from run import DEVICES, HelpFormatter, Run, at_least, launch
 from views import VIEWS, build_views, pick_views
 
-LINE = ("loss {loss:.3f} consistency {consistency:.3f} sharpness {sharpness:.3f} diversity {diversity:.3f} "
-        "classes {classes:.1f}")
+LINE = ("loss {loss:.3f} consistency {consistency:.2f} sharpness {sharpness:.2f} diversity {diversity:.2f} "
+        "classes {classes:.4g}")
 
 
 def get_parser():

@@ -319,14 +319,16 @@ class Run:
         if weights:
             sound = torch.stack([w.isfinite().all() for w in self.parts["model"].parameters()]).all()
         signals = [float(signum in self.caught) for signum in SIGNALS]
-        seen = torch.stack([self.bad_step, self.bad_loss, ~sound]).float()
+        # MAX over the ranks shall name the first bad step, which has the most steps to go
+        to_go = torch.where(self.bad_step < 0, 0, self.total_steps + 1 - self.bad_step)
+        seen = torch.stack([to_go, self.bad_loss, ~sound]).float()
         seen = torch.cat([torch.tensor(signals, device=self.device), seen])
         if self.world_size > 1:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
-        *signals, bad_step, bad_loss, bad_weights = seen.tolist()
-        if bad_step > 0 or bad_weights:
-            step = int(bad_step) if bad_step > 0 else self.step + 1
-            what = "weights are" if bad_step < 0 else "gradient is"
+        *signals, to_go, bad_loss, bad_weights = seen.tolist()
+        if to_go > 0 or bad_weights:
+            step = self.total_steps + 1 - int(to_go) if to_go > 0 else self.step + 1
+            what = "gradient is" if to_go > 0 else "weights are"
             what = "loss is" if bad_loss else what
             terms = ", ".join(f"{name} {value:.4g}" for name, value in
                               zip(names, self.last_terms.tolist(), strict=True))
@@ -350,7 +352,8 @@ class Run:
                      waiting=round(self.waited / self.seconds, 4), memory_mib=memory_mib(self.device))
         self.write(entry)
         eta = round((self.total_steps - done) * self.args.batch_size / rate)
-        tail = f"{rate:.0f} images/s, ETA {eta // 60}:{eta % 60:02}"
+        minutes, hours = f"{eta // 60}:{eta % 60:02}", f"{eta // 3600}h{eta // 60 % 60:02}"
+        tail = f"{rate:.0f} images/s, ETA {hours if eta >= 3600 else minutes}"
         if "collapsed" in numbers:
             tail = f"collapsed: {numbers['collapsed']}"
         self.say(f"step {done}/{self.total_steps} | {line.format(**numbers)} | {tail}",

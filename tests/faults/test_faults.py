@@ -599,5 +599,5 @@ def test_memory_and_open_files_of_2000_steps_stay_flat(name, network, tmp_path):
     end(process)
     _, memory, *rest = zip(*(row for row in series if row[0] >= 400), strict=True)
     assert len(memory) >= 15 and max(memory) <= 1.05 * memory[0]
-    for numbers in rest:                                        # with workers some come and go
-        assert statistics.median(numbers[-5:]) <= statistics.median(numbers[:5])
+    for numbers in rest:             # with workers some come and go; while it saves a file more is open
+        assert statistics.median(numbers[-5:]) <= statistics.median(numbers[:5]) + 1

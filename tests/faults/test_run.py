@@ -446,6 +446,18 @@ def test_bad_number_is_found_by_step_50(what, ranks, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
+def test_the_first_bad_step_of_all_ranks_is_named(begun, monkeypatch, capsys):
+    """Step 20 here, 12 on the other rank."""
+    one = begun(60)
+    others = torch.tensor([0.0, 0.0, 0.0, 61 - 12, 0.0, 0.0])
+    monkeypatch.setattr(one, "world_size", 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda seen, op: seen.copy_(torch.maximum(seen, others)))
+    with pytest.raises(SystemExit) as stop:
+        for step in one.steps():
+            one.watch(torch.tensor(math.nan if step == 19 else 1.0))
+    assert stop.value.code == 3 and "at step 12 the loss is not finite" in capsys.readouterr().err
+
+
 def test_bad_weights_of_one_rank_end_all(tmp_path):
     toy(tmp_path, f"{SELDOM} --save-every 20 --disturb weights 40 1", 3, ranks=2)
     assert log_lines(tmp_path)[-1] == dict(step=40, status="non-finite weights")
@@ -610,6 +622,18 @@ def test_speed_and_waiting_are_measured(begun, monkeypatch, capsys):
     assert entries[0]["memory_mib"] > 50 and entries[2]["images_per_s"] == round(16 / 110, 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert lines[0] == "step 2/25 | loss 0.2 | 2 images/s, ETA 1:55" and lines[-1].endswith("ETA 0:05")
+
+
+def test_long_runs_tell_their_time_in_hours(begun, monkeypatch, capsys):
+    """8 images in 5 s: 8 hours and 20 minutes for 6,000 steps more."""
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    timed = begun(6001, print_every=1)
+    next(timed.steps())
+    clock.now += 5.0
+    timed.watch(NORM, NORM)
+    timed.log("loss {loss:.1f}", loss=0.25)
+    assert capsys.readouterr().out.endswith("step 1/6001 | loss 0.2 | 2 images/s, ETA 8h20\n")
 
 
 def test_average_over_two_processes(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from processes import log_lines, metrics_of, run, same, start, wait_for, weights
 from sklearn.datasets import load_sample_image
 
+import pretrain
 from loss import twist_loss
 from pretrain import describe
 
@@ -51,6 +52,12 @@ def test_its_network_is_evaluated(trained, here, tmp_path):
         assert (tmp_path / "classes" / name).stat().st_size > 1000
     here(f"knn.py --checkpoint {trained}/checkpoint.pth --k 1 20 --output-dir {tmp_path}/knn")
     assert metrics_of(tmp_path / "knn")["top1"].keys() == {"1", "20"}
+
+
+def test_lines_of_the_papers_longest_run_fit_120_columns():
+    numbers = describe(twist_loss(torch.randn(2, 8, 4096).sort()[0]), {}, 2048)
+    line = pretrain.LINE.format(**numbers | dict(loss=-7.877, classes=4012.93))
+    assert len(f"step 500000/500000 | {line} | 12345 images/s, ETA 99h59") <= 120
 
 
 def test_printed_lines_fit_120_columns(here, tmp_path):
