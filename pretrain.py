@@ -9,7 +9,7 @@ asks that the views of an image agree (consistency), that each image falls into 
 the batch covers all classes (diversity). Without one of the last two all outputs become the same: try
 --alpha 0 or --beta 0.
 
-The default run takes about 2 minutes on two CPU cores. Its classes match the true ones for 73 % of the test
+The default run takes 2 to 4 minutes on two CPU cores. Its classes match the true ones for 73 % of the test
 images on one machine and 56 % on another (cluster_eval.py, seed 0): rounding decides.
 """
 
