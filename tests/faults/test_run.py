@@ -446,15 +446,16 @@ def test_bad_number_is_found_by_step_50(what, ranks, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_the_first_bad_step_of_all_ranks_is_named(begun, monkeypatch, capsys):
-    """Step 20 here, 12 on the other rank."""
+@pytest.mark.parametrize("here, there", [(20, 12), (12, 20)])
+def test_the_first_bad_step_of_all_ranks_is_named(here, there, begun, monkeypatch, capsys):
+    """Rank 0 has it at step `here`, another at step `there`."""
     one = begun(60)
-    others = torch.tensor([0.0, 0.0, 0.0, 61 - 12, 0.0, 0.0])
+    others = torch.tensor([0.0, 0.0, 0.0, 61 - there, 0.0, 0.0])
     monkeypatch.setattr(one, "world_size", 2)
     monkeypatch.setattr(dist, "all_reduce", lambda seen, op: seen.copy_(torch.maximum(seen, others)))
     with pytest.raises(SystemExit) as stop:
         for step in one.steps():
-            one.watch(torch.tensor(math.nan if step == 19 else 1.0))
+            one.watch(torch.tensor(math.nan if step + 1 == here else 1.0))
     assert stop.value.code == 3 and "at step 12 the loss is not finite" in capsys.readouterr().err
 
 
