@@ -104,7 +104,7 @@ def test_every_backbone_maps_images_to_features(arch, small_images):
 @pytest.mark.parametrize("arch, parameters", [      # torchvision's counts, less the last linear layer's
     ("mobilenet_v3_large", 5_483_032 - 1_281_000), ("efficientnet_b0", 5_288_548 - 1_281_000),
     ("efficientnet_b1", 7_794_184 - 1_281_000)])
-def test_networks_of_torchvision(arch, parameters):
+def test_small_networks_of_torchvision(arch, parameters):
     backbone = build_backbone(arch).eval()
     assert backbone.feature_dim == 1280 and backbone(torch.randn(2, 3, 64, 64)).shape == (2, 1280)
     assert sum(p.numel() for p in backbone.parameters()) == parameters
