@@ -1,20 +1,29 @@
 """Fashion-MNIST: every stage with several seeds, compared with raw pixels. The same command resumes.
 
-    python benchmarks/fashion_mnist.py                        about 15 minutes per seed on two cores
-    python benchmarks/fashion_mnist.py --seeds 0 --recipes classes
+    python benchmarks/fashion_mnist.py                                 everything, about 110 runs
+    python benchmarks/fashion_mnist.py --recipes classes --seeds 0 1   the default run, 2 seeds, all roundings
+
+A run is a line of OUTPUT_DIR/results.csv. What finds classes runs with 10 seeds, 1 and 2 threads and each
+rounding of this CPU: ATEN_CPU_CAPABILITY makes PyTorch use the instructions of older ones, which round
+otherwise. The rest runs with the first 5 seeds and one thread.
 
 ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitted on the training pixels.
 20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
 on centred and scaled features. Its C is chosen on 10,000 held-out training images; then it is fitted on all.
-top1: lincls.py and semisup.py on the test images, from the backbone of `representation`.
+top1: lincls.py and semisup.py on the test images, from the backbone of `representation`. cpu_seconds: of all
+threads of the command, its start-up included.
 """
 
 import argparse
+import csv
 import json
+import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +34,7 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_twist, write_atomically  # noqa: E402
+from checkpoint import load_twist  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
@@ -42,6 +51,20 @@ RECIPES = {       # name: (the recipe whose network it starts from, command)
     "10 % from scratch": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt",
                                              "--lr", "0.03", "--random-init"]),
 }
+FIND_CLASSES = ("classes", "self-labelled")
+SEEDS_OF_THE_REST = 5
+ALL_ROUNDINGS = ["default", "avx2", "avx512"]
+KEY = ("recipe", "seed", "threads", "rounding")
+COLUMNS = ("acc", "nmi", "ari", "ami", "knn", "linear", "top1", "minutes", "cpu_seconds")
+
+
+def roundings():
+    """The values of ATEN_CPU_CAPABILITY that this CPU has, from the oldest instructions on."""
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    return ALL_ROUNDINGS[:1 + ALL_ROUNDINGS.index(best)] if best in ALL_ROUNDINGS else ["default"]
+
+
+ROUNDINGS = roundings()
 
 
 def knn_accuracy(train_features, train, features, test):
@@ -67,79 +90,112 @@ def pixels(train, test, seeds):
     """Yields the results of raw pixels: k-NN and logistic regression, then k-means for each seed."""
     x, x_test = (part.images.flatten(1).float() / 255 for part in (train, test))
     mean = x.mean(0)
-    yield dict(method="pixels", knn=knn_accuracy(x, train, x_test, test),
-               knn_centred=knn_accuracy(x - mean, train, x_test - mean, test),
+    yield dict(recipe="pixels", knn=knn_accuracy(x, train, x_test, test),
                linear=linear_accuracy(x.numpy(), train, x_test.numpy(), test))
+    yield dict(recipe="pixels, centred", knn=knn_accuracy(x - mean, train, x_test - mean, test))
     for seed in seeds:
         kmeans = KMeans(10, n_init=1, random_state=seed).fit(x.numpy())
         scores = evaluate(test.labels.numpy(), kmeans.predict(x_test.numpy()).astype(int))
-        yield dict(method="k-means on pixels", seed=seed, **scores)
+        yield dict(recipe="k-means on pixels", seed=seed, **scores)
 
 
-def trained(recipe, seed, train, test, folder):
-    """Runs one recipe with one seed, by the command that a user types, and scores its network."""
-    out, start = folder / f"{recipe}_{seed}".replace(" ", "_").replace("%", "percent"), time.time()
+def trained(run, train, test, folder):
+    """Makes a run (recipe, seed, threads, rounding) by the command that a user types; scores its network."""
+    recipe, seed, threads, rounding = run
     origin, command = RECIPES[recipe]
-    command = [sys.executable, *command, "--seed", str(seed), "--output-dir", str(out)]
+    command = [sys.executable, *command, "--seed", str(seed), "--output-dir", str(place(folder, run))]
     if origin:
-        command += ["--checkpoint", str(folder / f"{origin}_{seed}" / "checkpoint.pth")]
-    subprocess.run(command, cwd=ROOT, check=True)
-    minutes = (time.time() - start) / 60
+        command += ["--checkpoint", str(place(folder, (origin, *run[1:])) / "checkpoint.pth")]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), ATEN_CPU_CAPABILITY=rounding)
+    start, cpu_start = time.time(), cpu_seconds()
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
+    row = dict(recipe=recipe, seed=seed, threads=threads, rounding=rounding,
+               minutes=(time.time() - start) / 60, cpu_seconds=cpu_seconds() - cpu_start)
     if command[1] in ("lincls.py", "semisup.py"):
-        metrics = json.loads((out / "metrics.json").read_text())
-        top1 = metrics["test_top1"] if "test_top1" in metrics else metrics["results"][0]["test_top1"]
-        return dict(method=recipe, seed=seed, minutes=minutes, top1=top1)
-    network, config = load_twist(out / "checkpoint.pth")
-    features = [extract_features(network.backbone, eval_batches(part, config, "cpu"))
-                for part in (train, test)]
-    result = dict(method=recipe, seed=seed, minutes=minutes)
+        metrics = json.loads((place(folder, run) / "metrics.json").read_text())
+        return row | dict(top1=metrics.get("test_top1") or metrics["results"][0]["test_top1"])
+    network, config = load_twist(place(folder, run) / "checkpoint.pth")
     _, probabilities = predict(network, eval_batches(test, config, "cpu"))
-    if probabilities.shape[1] == 10:
-        result |= evaluate(test.labels.numpy(), probabilities.argmax(1), probabilities)
-    return result | dict(knn=knn_accuracy(features[0], train, features[1], test),
-                         linear=linear_accuracy(features[0].numpy(), train, features[1].numpy(), test))
+    row |= evaluate(test.labels.numpy(), probabilities.argmax(1), probabilities)
+    if (threads, rounding) == (1, ROUNDINGS[-1]) and seed < SEEDS_OF_THE_REST:
+        features, test_features = (extract_features(network.backbone, eval_batches(part, config, "cpu"))
+                                   for part in (train, test))
+        row["knn"] = knn_accuracy(features, train, test_features, test)
+        row["linear"] = linear_accuracy(features.numpy(), train, test_features.numpy(), test)
+    return row
 
 
-def table(results):
-    """Prints one row per method: the mean over its seeds, and (least to greatest) if there are several."""
-    columns = ("acc", "nmi", "ari", "ami", "knn", "knn_centred", "linear", "top1", "minutes")
-    print("| method | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
-    for method in dict.fromkeys(r["method"] for r in results):
-        rows, cells = [r for r in results if r["method"] == method], []
-        for column in columns:
-            values = [r[column] for r in rows if column in r]
-            digits = 1 if column == "minutes" else 3
+def place(folder, run):
+    """The output folder of a run."""
+    return folder / "_".join(map(str, run)).replace(" ", "_").replace("%", "percent")
+
+
+def cpu_seconds():
+    """Of all finished commands."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def table(rows):
+    """Prints one line per recipe: the mean of its runs, and (least to greatest) if there are several."""
+    print("| recipe | runs | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|")
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        of_recipe, cells = [row for row in rows if row["recipe"] == recipe], []
+        for column in COLUMNS:
+            values = [float(row[column]) for row in of_recipe if row.get(column)]
+            digits = {"minutes": 1, "cpu_seconds": 0}.get(column, 3)
             cell = f"{np.mean(values):.{digits}f}" if values else ""
             if len(values) > 1:
                 cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
             cells.append(cell)
-        print(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
+        print(f"| {recipe} | {len(of_recipe)} | " + " | ".join(cells) + " |")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
-    parser.add_argument("--output-dir", default="runs/fashion_mnist", help="default: runs/fashion_mnist")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=list(range(10)), help="default: 0 to 9")
+    add("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    add("--roundings", nargs="+", default=ROUNDINGS, choices=ROUNDINGS, help="default: all of this CPU")
+    add("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
+    add("--output-dir", default="runs/fashion_mnist", help="default: runs/fashion_mnist")
+    args = parser.parse_args(argv)
     folder = Path(args.output_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else []
-    done = {(r["method"], r.get("seed")) for r in results}
     train, test = build_dataset("fashion-mnist", "train"), build_dataset("fashion-mnist", "test")
 
-    if ("pixels", None) not in done:
-        results += pixels(train, test, args.seeds)
-        write_atomically(path, json.dumps(results).encode())
+    rows = read(folder / "results.csv")
+    done = {tuple(row[name] for name in KEY) for row in rows}
+    if not any(row["recipe"] == "pixels" for row in rows):
+        for row in pixels(train, test, args.seeds):
+            append(folder / "results.csv", row)
     for recipe in args.recipes:
-        for seed in args.seeds:
-            if (recipe, seed) not in done:
-                results.append(trained(recipe, seed, train, test, folder))
-                write_atomically(path, json.dumps(results).encode())
-    table(results)
+        few = [seed for seed in args.seeds if seed < SEEDS_OF_THE_REST]
+        runs = product([recipe], few, [1], ROUNDINGS[-1:])
+        if recipe in FIND_CLASSES:
+            runs = product([recipe], args.seeds, args.threads, args.roundings)
+        for run in runs:
+            if tuple(map(str, run)) not in done:
+                append(folder / "results.csv", trained(run, train, test, folder))
+    table(read(folder / "results.csv"))
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {platform.machine()}, "
-          f"{torch.get_num_threads()} threads")
+          f"{torch.backends.cpu.get_cpu_capability()}")
+
+
+def read(path):
+    """The rows of a CSV, dicts of text; [] if there is no such file."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def append(path, row):
+    """Adds a row to the CSV; a new one gets its header."""
+    new = not path.exists()
+    with path.open("a") as file:
+        writer = csv.DictWriter(file, (*KEY, *COLUMNS), extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value
+                         for name, value in row.items()})
 
 
 if __name__ == "__main__":
