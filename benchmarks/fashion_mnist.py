@@ -11,11 +11,12 @@ ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitt
 20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
 on centred and scaled features. Its C is chosen on 10,000 held-out training images; then it is fitted on all.
 top1: lincls.py and semisup.py on the test images, from the backbone of `representation`. cpu_seconds: of all
-threads of the command, its start-up included.
+threads of the command, its start-up included; of a run that was stopped and resumed, its last part alone.
 """
 
 import argparse
 import csv
+import io
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_twist  # noqa: E402
+from checkpoint import load_twist, write_atomically  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
@@ -142,7 +143,7 @@ def table(rows):
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         of_recipe, cells = [row for row in rows if row["recipe"] == recipe], []
         for column in COLUMNS:
-            values = [float(row[column]) for row in of_recipe if row.get(column)]
+            values = [float(row[column]) for row in of_recipe if row.get(column, "") != ""]
             digits = {"minutes": 1, "cpu_seconds": 0}.get(column, 3)
             cell = f"{np.mean(values):.{digits}f}" if values else ""
             if len(values) > 1:
@@ -164,11 +165,12 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     train, test = build_dataset("fashion-mnist", "train"), build_dataset("fashion-mnist", "test")
 
-    rows = read(folder / "results.csv")
+    path = folder / "results.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     done = {tuple(row[name] for name in KEY) for row in rows}
     if not any(row["recipe"] == "pixels" for row in rows):
-        for row in pixels(train, test, args.seeds):
-            append(folder / "results.csv", row)
+        rows += pixels(train, test, args.seeds)
+        write(path, rows)
     for recipe in args.recipes:
         few = [seed for seed in args.seeds if seed < SEEDS_OF_THE_REST]
         runs = product([recipe], few, [1], ROUNDINGS[-1:])
@@ -176,26 +178,20 @@ def main(argv=None):
             runs = product([recipe], args.seeds, args.threads, args.roundings)
         for run in runs:
             if tuple(map(str, run)) not in done:
-                append(folder / "results.csv", trained(run, train, test, folder))
-    table(read(folder / "results.csv"))
+                rows.append(trained(run, train, test, folder))
+                write(path, rows)
+    table(rows)
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {platform.machine()}, "
           f"{torch.backends.cpu.get_cpu_capability()}")
 
 
-def read(path):
-    """The rows of a CSV, dicts of text; [] if there is no such file."""
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def append(path, row):
-    """Adds a row to the CSV; a new one gets its header."""
-    new = not path.exists()
-    with path.open("a") as file:
-        writer = csv.DictWriter(file, (*KEY, *COLUMNS), extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value
-                         for name, value in row.items()})
+def write(path, rows):
+    """Writes the rows, dicts, as a CSV; whoever stops it while it writes keeps the file of before."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*KEY, *COLUMNS), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":
