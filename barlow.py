@@ -41,6 +41,8 @@ def get_parser():
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
         "that data set, barlow for others")
+    add("--min-scale", type=at_least(0, float), default=0,
+        help="smallest share of the area in a crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
         help="pixels of a crop; 0: the data set's own, 224 for files")
     add("--mean", type=at_least(0, float), nargs="+", metavar="M",
@@ -120,7 +122,7 @@ def main(args):
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, args.data, published="barlow")
-    views = build_views(recipe, mean, std, size, arch=config["arch"])
+    views = build_views(recipe, mean, std, size, min_scale=args.min_scale, arch=config["arch"])
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
@@ -184,7 +186,7 @@ def main(args):
         if run.logging:
             entry = describe(loss, health, args.hidden_dim)
             if watched and run.epoch_ends and run.epoch % args.knn_every == 0:
-                entry["knn_monitor"] = knn_accuracy(run.backbone, *watched, args, device)
+                entry["knn_monitor"] = knn_accuracy(run.backbone, *watched, config, device)
                 run.say(f"epoch {run.epoch}: 20-NN accuracy {entry['knn_monitor']:.4f} (uses labels: "
                         "to watch, not to choose by)")
             run.log(LINE, **entry, lr=lr)

@@ -39,6 +39,8 @@ def get_parser():
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
         "that data set; for others seed with local crops, moco without")
+    add("--min-scale", type=at_least(0, float), default=0,
+        help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
         help="pixels of a global crop; 0: the teacher's")
     add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
@@ -140,7 +142,7 @@ def main(args):
     recipe = pick_views(args.views, config["data"], published="seed" if args.num_local else "moco")
     vit = next((arch for arch in (args.arch, source["arch"]) if arch.startswith("vit")), "")
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        num_global=1, arch=vit)          # a ViT, of either, needs crops of a patch or more
+                        num_global=1, min_scale=args.min_scale, arch=vit)       # `vit`: teacher or student
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)

@@ -130,7 +130,7 @@ def test_the_accuracy_to_watch_is_the_commands(here, network, tmp_path):
     backbone, config = load_pretrained(network)
     args = argparse.Namespace(**config | {"workers": 0})
     images = knn_images(args, build_dataset("fake", "pretrain"))
-    accuracy = knn_accuracy(backbone, *images, args, "cpu")
+    accuracy = knn_accuracy(backbone, *images, vars(args), "cpu")
     assert accuracy == pytest.approx(metrics_of(tmp_path)["top1"]["20"]) and accuracy > 0.5
 
 

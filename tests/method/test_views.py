@@ -184,6 +184,14 @@ def test_recipes_are_the_published_ones():
         (224, (0.14, 1), 1), (96, (0.05, 0.14), 6)]
 
 
+def test_min_scale_changes_the_global_crops_only():
+    views = build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, min_scale=0.7)
+    assert [view.scale for view, _, _ in views.groups] == [(0.7, 1), (0.7, 1), (0.05, 0.4)]
+    assert VIEWS["multicrop"][0]["scale"] == (0.4, 1)
+    with pytest.raises(UserError, match="--min-scale 1.5: a crop is at most the whole picture"):
+        build_views("multicrop", (0.5,), (0.25,), 224, min_scale=1.5)
+
+
 def test_auto_picks_our_recipe_for_fashion_mnist_and_else_the_published_one():
     assert pick_views("auto", "fashion-mnist", published="barlow") == "fashion-mnist"
     assert pick_views("auto", "cifar10", published="barlow") == "barlow"

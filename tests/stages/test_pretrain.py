@@ -14,7 +14,7 @@ import pretrain
 from loss import twist_loss
 from pretrain import describe
 
-SMALL = "--data fake --image-size 16 --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
+SMALL = "--data fake --image-size 16 --batch-size 64 --epochs 2 --hidden-dim 32 --restarts 1 --print-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +194,26 @@ def test_recipes_and_flags_with_underscores(here, tmp_path):
     assert weights(tmp_path / "run")["projection_heads.last_linear.weight"].shape[0] == 12
 
 
+# ---------------------------------------------------------------- the default run
+def test_a_hundred_steps_of_the_default_run(here, monkeypatch, tmp_path):
+    """Seeds 0 to 3 end at -0.45, -0.25, -0.37, -0.36; crops of 8 % at -0.19, no NBS -1.06, --lr 5e-5 0.01."""
+    build = pretrain.build_dataset
+    monkeypatch.setattr(pretrain, "build_dataset", lambda *args: build(*args).subset(slice(12_800)))
+    here(f"pretrain.py --epochs 1 --restarts 1 --print-every 10 --knn-every 0 --output-dir {tmp_path}/run")
+    losses = [line["loss"] for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 10 and -0.6 < sum(losses[-3:]) / 3 < -0.22
+
+
+@pytest.mark.slow
+def test_the_default_run_finds_the_classes(tmp_path):
+    run(f"pretrain.py --output-dir {tmp_path}/run")
+    run(f"cluster_eval.py --checkpoint {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/classes")
+    assert metrics_of(tmp_path / "classes")["acc"] >= 0.70
+
+
 # ---------------------------------------------------------------- people's own pictures
 ON_FILES = ("--views multicrop --image-size 32 --num-local 2 --batch-size 16 --epochs 3 --hidden-dim 32 "
-            "--num-classes 4")
+            "--num-classes 4 --restarts 1 --lr 0.004")
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from run import parse_args
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.txt"))}
 
 LARS = dict(optimizer="lars", momentum=0.9, weight_decay=1.5e-6, weight_decay_end=None, eps=1e-5, alpha=1,
-            beta=1, ema=0, clip_norm=0, hidden_dim=4096, nbs=True, amp="fp16", drop_path=0)
+            beta=1, ema=0, clip_norm=0, hidden_dim=4096, nbs=True, amp="fp16", drop_path=0,
+            restarts=1)
 VIT = dict(optimizer="adamw", momentum=0.9, beta2=0.999, weight_decay=0.06, alpha=0.4, beta=1, ema=0.996,
            clip_norm=3, hidden_dim=4096, num_classes=4096, nbs=True, batch_size=1024, bunch_size=256,
-           views="multicrop", epochs=300, warmup_epochs=10, amp="fp16")
+           views="multicrop", epochs=300, warmup_epochs=10, amp="fp16", restarts=1)
 SELF_LABEL = dict(optimizer="lars", momentum=0.9, weight_decay=1.5e-6, views="selflabel", num_local=12,
                   quantile=0.5, quantile_end=0.6, epochs=50, warmup_epochs=5, ema=0)
 BARLOW = dict(arch="resnet50", views="barlow", zero_init_residual=True, hidden_dim=8192,
@@ -37,7 +38,7 @@ PUBLISHED = {
     "resnet50w2_selflabel": dict(SELF_LABEL, bunch_size=240, batch_size=1920, peak=0.375),
     "vit_s": dict(VIT, arch="vit_s", num_local=6, weight_decay_end=0.12, drop_path=0, peak=1.2e-3),
     "vit_b": dict(VIT, arch="vit_b", num_local=10, weight_decay_end=None, drop_path=0.1, peak=3e-3),
-    "resnet50_1000_classes": dict(arch="resnet50", num_classes=1000, epochs=800),
+    "resnet50_1000_classes": dict(arch="resnet50", num_classes=1000, epochs=800, restarts=1),
     "barlow_twins": BARLOW,
     "barlow_twins_lincls": dict(weight_decays=[1e-6], batch_size=256, epochs=100, milestones=None,
                                 nesterov=False, jitter=False, depths=False, held_out=0, peak=0.3),

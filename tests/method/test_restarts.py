@@ -1,0 +1,160 @@
+"""Restarts: candidates take 5/8 of the schedule each, and the one with the lowest loss goes on."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import log_lines, run, same
+from torch import nn
+
+import pretrain
+from checkpoint import load_checkpoint
+from data import Batches, build_dataset
+from loss import twist_loss
+from restarts import Restarts, loss_on_fresh_views
+from run import parse_args
+from views import build_views
+
+SMALL = "--data fake --image-size 16 --batch-size 64 --hidden-dim 32 --print-every 1 --knn-every 0"
+ARGS = SimpleNamespace(restarts=3, seed=0, drop_path=0.0, zero_init_residual=False)
+
+
+class Log:
+    """Stands for a Run: a step, and what was written."""
+
+    def __init__(self):
+        self.step, self.entries = 0, []
+
+    def say(self, line):
+        pass
+
+    def write(self, entry):
+        self.entries.append(entry)
+
+
+def states(*parts):
+    return copy.deepcopy([part.state_dict() for part in parts])
+
+
+@pytest.mark.parametrize(("losses", "best"), [([1, 3, 2], 1), ([3, 1, 2], 2), ([3, 2, 1], 3), ([2, 2, 2], 1)])
+def test_the_candidate_with_the_lowest_loss_goes_on(losses, best, monkeypatch):
+    torch.manual_seed(0)
+    model, teacher = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    begun, ended, given, log, schedule = [], {}, iter(losses), Log(), []
+
+    def new_network(config, drop_path):
+        begun.append(1 + len(begun))
+        network = nn.BatchNorm1d(4)
+        nn.init.constant_(network.weight, begun[-1])
+        return network
+
+    def loss(network, *_):
+        network(torch.randn(8, 4))                       # moves the running statistics, as the real one does
+        return float(next(given))
+
+    monkeypatch.setattr("restarts.build_network", new_network)
+    monkeypatch.setattr("restarts.loss_on_fresh_views", loss)
+    restarts = Restarts(ARGS, {}, None, 18, None, model, teacher, optimizer)
+    assert restarts.schedule_steps == 8
+    for log.step in range(18):
+        before = states(model, teacher, optimizer)
+        step = restarts.begin(log)
+        schedule.append(step)
+        if log.step in (5, 10, 15):
+            ended[log.step // 5] = before
+        if step == 0 and log.step:                       # a candidate begins: its weights, and no moments
+            assert (model.weight == begun[-1]).all() and (teacher.weight == begun[-1]).all()
+            assert not optimizer.state
+        if log.step == 15:
+            now = states(model, teacher, optimizer)
+            assert all(same(a, b) for a, b in zip(now[:2], ended[best], strict=False))
+            assert same(now[2]["state"][0], ended[best][2]["state"][0])
+        optimizer.zero_grad()
+        (model(torch.randn(8, 4)) ** 2 * torch.arange(4)).sum().backward()
+        optimizer.step()
+        teacher.load_state_dict(model.state_dict())
+    assert begun == [1, 2] and schedule == [*range(5)] * 2 + [*range(8)]
+    assert [entry["fresh_views_loss"] for entry in log.entries[:3]] == losses
+    assert log.entries[3] == dict(step=15, chosen=best) and not restarts.state_dict()
+
+
+def test_one_candidate_is_a_plain_run():
+    args = SimpleNamespace(**vars(ARGS) | dict(restarts=1))
+    restarts = Restarts(args, {}, None, 20, None, nn.Linear(1, 1), None, None)
+    assert restarts.schedule_steps == 20
+    assert [restarts.begin(SimpleNamespace(step=step)) for step in range(20)] == [*range(20)]
+
+
+@pytest.mark.parametrize(("count", "trial", "schedule_steps"), [(2, 720, 1152), (3, 520, 832), (8, 217, 353)])
+def test_a_candidate_takes_five_eighths_of_a_schedule(count, trial, schedule_steps):
+    args = SimpleNamespace(**vars(ARGS) | dict(restarts=count))
+    restarts = Restarts(args, {}, None, 1872, None, nn.Linear(1, 1), None, None)
+    assert (restarts.trial, restarts.schedule_steps) == (trial, schedule_steps)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("total_steps", [1, 2, 5, 6, 7, 100])
+def test_the_schedule_ends_with_the_run(count, total_steps, monkeypatch):
+    model = nn.Linear(1, 1)
+    optimizer, log = torch.optim.AdamW(model.parameters()), Log()
+    monkeypatch.setattr("restarts.build_network", lambda config, drop_path: nn.Linear(1, 1))
+    monkeypatch.setattr("restarts.loss_on_fresh_views", lambda *_: 0.0)
+    args = SimpleNamespace(**vars(ARGS) | dict(restarts=count))
+    restarts = Restarts(args, {}, None, total_steps, None, model, None, optimizer)
+    schedule = []
+    for log.step in range(total_steps):
+        schedule.append(restarts.begin(log))
+    assert 0 <= min(schedule) and schedule[-1] == max(schedule) == restarts.schedule_steps - 1
+
+
+def test_loss_on_fresh_views_is_the_loss_of_all_images_together():
+    args = parse_args(pretrain.get_parser(), SMALL.split())
+    dataset = build_dataset("fake", "pretrain", 0, "datasets")
+    views = build_views("barlow", (0.5,), (0.5,), 16)
+    seen = []
+
+    class Model(nn.Module):                              # its logits are ten pixels
+        def forward(self, x):
+            seen.append([view.flatten(1)[:, :10] for view in x])
+            return torch.stack(seen[-1])
+    batches = Batches(dataset, 64, views, 0)
+    loss = loss_on_fresh_views(Model(), batches, args, torch.device("cpu"), num_images=200)
+    assert len(seen) == 3                                # whole batches only
+    joined = torch.stack([torch.cat(view) for view in zip(*seen, strict=True)])       # [2, 192, 10]
+    assert loss == pytest.approx(twist_loss(joined).total.item(), abs=1e-6)
+    images, uniforms, _ = batches[0]
+    assert not torch.equal(seen[0][0], views(images, uniforms)[0].flatten(1)[:, :10])
+
+
+def test_a_run_with_restarts_goes_on_with_the_best_candidate(tmp_path):
+    """The first candidate takes the steps of a plain run; each begins with the warm-up."""
+    said, _ = run(f"pretrain.py {SMALL} --epochs 2 --warmup-epochs 0.5 --output-dir {tmp_path}/three")
+    lines = log_lines(tmp_path / "three")
+    candidates = [line for line in lines if "candidate" in line]
+    assert [line["candidate"] for line in candidates] == [1, 2, 3]
+    assert [line["step"] for line in candidates] == [4, 8, 12]
+    losses = [line["fresh_views_loss"] for line in candidates]
+    chosen = 1 + losses.index(min(losses))
+    assert [line["chosen"] for line in lines if "chosen" in line] == [chosen]
+    assert f"candidate {chosen} goes on" in said and len(set(losses)) == 3
+    steps = [line for line in lines if "loss" in line]
+    rates = [line["lr"] for line in steps]
+    assert len(rates) == 16 and rates[:4] == rates[4:8] == rates[8:12] and rates[:2] == [0, max(rates) / 4]
+    run(f"pretrain.py {SMALL} --epochs 2 --warmup-epochs 0.5 --restarts 1 --output-dir {tmp_path}/one")
+    plain = [line for line in log_lines(tmp_path / "one") if "loss" in line]
+    assert [line["loss"] for line in plain[:4]] == [line["loss"] for line in steps[:4]]
+    final = load_checkpoint(tmp_path / "three" / "checkpoint.pth")
+    assert final["restarts"] == {}                       # the other candidates are not kept
+
+
+def test_two_processes_choose_as_one(tmp_path):
+    flags = f"{SMALL} --epochs 1 --ema 0.9"
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/one")
+    run(f"pretrain.py {flags} --output-dir {tmp_path}/two", ranks=2)
+    one, two = ([line for line in log_lines(tmp_path / name) if {"candidate", "chosen"} & line.keys()]
+                for name in ("one", "two"))
+    assert len(one) == 4 and [line["step"] for line in one] == [2, 4, 6, 6]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
