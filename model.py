@@ -486,7 +486,7 @@ def watch_logits(last_linear, run, scaler):
     health = {}
 
     def look(module, inputs, logits):
-        if run.logging and logits.requires_grad:
+        if run.logging and logits.requires_grad:         # not where a candidate is judged
             z, scale = logits.detach().float(), scaler.get_scale() * run.world_size
             health.update(std_col=z.std(0).mean(), std_row=z.std(1).mean())
             logits.register_hook(lambda grad: health.update(grad=grad.float().abs().mean() / scale))

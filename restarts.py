@@ -31,9 +31,8 @@ class Restarts:
         self.count = args.restarts
         self.trial = 5 * total_steps // (5 * self.count + 3)        # steps of a candidate
         self.schedule_steps = total_steps - (self.count - 1) * self.trial
-        self.networks, self.optimizer = [model], optimizer
-        if teacher is not None:
-            self.networks.append(teacher)
+        self.networks = [model] if teacher is None else [model, teacher]
+        self.optimizer = optimizer
         self.best = {}                                   # of the candidates that have ended
 
     def begin(self, run):
