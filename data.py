@@ -7,8 +7,12 @@ The order of the images and the random numbers of their views are functions of t
 sees the same for any number of processes and workers, and wherever it was stopped.
 """
 
+import argparse
+import difflib
 import gzip
+import hashlib
 import os
+import pickle
 import stat
 import warnings
 import zlib
@@ -22,6 +26,7 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from checkpoint import UserError, printable, to_stderr
+from run import at_least
 from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
@@ -29,6 +34,7 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
     "fake": (32, (0.5,), (0.25,)),
     "cifar10": (32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar100-20": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),     # with its 20 superclasses
     "stl10": (96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
@@ -60,6 +66,7 @@ class ImageSet:
     # the parts of a set count its broken files together, and so do the workers: it is in shared memory
     broken: torch.Tensor | None = None            # bool, of all files of the whole set
     positions: torch.Tensor | None = None         # int64 [N], of this part's files in `broken`
+    part: str = "images"                          # or training images, validation images, test images
 
     def __post_init__(self):
         if self.images is None and self.broken is None:
@@ -109,8 +116,10 @@ class ImageSet:
         """The images of a slice, an array of indices, or a mask."""
         labels = None if self.labels is None else self.labels[index]
         if self.images is not None:
-            return ImageSet(self.images[index], labels, self.class_names)
-        return ImageSet(None, labels, self.class_names, self.paths[index], self.broken, self.positions[index])
+            return replace(self, images=self.images[index], labels=labels)
+        positions = self.positions[index]
+        places = np.asarray(index) if isinstance(index, torch.Tensor) else index
+        return replace(self, labels=labels, paths=self.paths[places], positions=positions)
 
     @property
     def files(self):
@@ -126,35 +135,97 @@ def input_of(config):
     return config.get("image_size") or size, config.get("mean") or mean, config.get("std") or std
 
 
-def build_dataset(name, split, seed=0, data_dir="datasets"):
+def folder_flags(parser):
+    """Adds the flags that say which pictures and classes of --data are taken, the same in every stage."""
+    add = parser.add_argument_group("parts and classes of --data").add_argument
+    add("--val-share", type=at_least(0, float, 1), metavar="SHARE",
+        help="share of each class for validation, in a folder or list that has no train and val; without it "
+        "that of the checkpoint if there is one, else 0: all pictures are in every part")
+    add("--group-names", action=argparse.BooleanOptionalAction, default=None,
+        help="--val-share keeps pictures together whose names agree up to the last _")
+    add("--classes", metavar="FILE",
+        help="names of the classes to take, one a line, numbered in this order; without it those of the "
+        "checkpoint if there is one, else all")
+
+
+def folder_options(args, config=None):
+    """The values of folder_flags, as keywords of build_dataset; `classes` becomes the list of names.
+
+    config: a checkpoint's. Where --data is its own data, a flag that is not given has the value that is in
+    there, so that an evaluation takes the same parts and classes as the training. Raises UserError.
+    """
+    inherited = {}
+    if config and config.get("data") and (not args.data or _same_place(args.data, config["data"])):
+        inherited = config
+    options = {}
+    for name in ("val_share", "group_names", "classes"):
+        given = getattr(args, name, None)         # not every script has the flags
+        options[name] = inherited.get(name) if given is None else given
+    if isinstance(options["classes"], str):
+        options["classes"] = _read_class_names(options["classes"])
+    if options["group_names"] and not options["val_share"]:
+        raise UserError("--group-names: needs --val-share, whose parts it makes")
+    return options
+
+
+def _same_place(a, b):
+    return a == b or a not in INPUTS and b not in INPUTS and os.path.realpath(a) == os.path.realpath(b)
+
+
+def _read_class_names(path):
+    """The lines of a file of class names, without empty ones."""
+    try:
+        lines = Path(path).read_text(errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"--classes {path}: cannot be read ({error.strerror}); it has a class name a line"
+                        ) from None
+    names = [printable(line.strip()) for line in lines if line.strip()]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if not names or twice:
+        problem = f"names '{twice[0]}' twice" if twice else "is empty"
+        raise UserError(f"--classes {path}: {problem}; it needs a class name a line")
+    return names
+
+
+def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None):
     """A split of a data set, as an ImageSet.
 
-    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, stl10 (torchvision's files
-    in data_dir); or a path: a list of pictures (see _read_list), or a folder with train/class/* and
-    val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a folder are lists.
-    A path without train and val is every split.
+    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
+    (torchvision's files in data_dir); or a path: a list of pictures (see _read_list), or a folder with
+    train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
+    folder are lists. A path without train and val is every split, unless val_share divides it.
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
-    unlabelled part. Raises UserError.
+    unlabelled part. val_share, group_names, classes: see folder_flags. Raises UserError.
     """
-    if split == "pretrain" and name != "stl10":
-        return replace(build_dataset(name, "train", seed, data_dir), labels=None)
-    train = split != "test"
-    if name == "fashion-mnist":
-        part = "train" if train else "t10k"
-        images = _read_idx(FASHION_MNIST / f"{part}-images-idx3-ubyte.gz")[:, None]
-        labels = _read_idx(FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").long()
-        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES))
-    if name == "fake":
-        return _fake(train, seed)
+    options = dict(val_share=val_share, group_names=group_names, classes=classes)
+    if split == "pretrain" and (name != "stl10" or classes):
+        return replace(build_dataset(name, "train", seed, data_dir, **options), labels=None)
     if name in INPUTS:
-        return _from_torchvision(name, split, data_dir)
-    if not os.path.exists(name):
+        if val_share:
+            raise UserError(f"--val-share: {name} has a test part already; leave the flag out")
+        dataset = _built_in(name, split, seed, data_dir)
+    elif os.path.exists(name):
+        dataset = _from_files(name, split, val_share, group_names)
+    else:
         raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list")
-    paths, labels, class_names = _find_pictures(Path(name), train)
-    paths = np.array([os.fsencode(path) for path in paths])
-    if labels is None:
-        return ImageSet(None, None, None, paths)
-    return ImageSet(None, torch.tensor(labels), [printable(name) for name in class_names], paths)
+    return _take_classes(dataset, classes, name) if classes else dataset
+
+
+def _take_classes(dataset, classes, name):
+    """The images of these classes, which are numbered in this order."""
+    if dataset.labels is None:
+        raise UserError(f"--classes: {name} has no labels; leave the flag out")
+    number = torch.full((len(dataset.class_names),), -1)
+    for c, wanted in enumerate(classes):
+        if wanted not in dataset.class_names:
+            nearest = difflib.get_close_matches(wanted, dataset.class_names, 1) or dataset.class_names
+            raise UserError(f"--classes: '{wanted}' is not among the {len(number)} classes of {name}; "
+                            f"is '{nearest[0]}' meant?")
+        number[dataset.class_names.index(wanted)] = c
+    labels = number[dataset.labels]
+    if not (labels >= 0).any():
+        raise UserError(f"--classes: {name} has no {dataset.part} of these classes")
+    return replace(dataset.subset(labels >= 0), labels=labels[labels >= 0], class_names=list(classes))
 
 
 # ---------------------------------------------------------------- built-in data sets
@@ -179,33 +250,93 @@ def _fake(train, seed):
                     [f"class {c}" for c in range(10)])
 
 
+def _built_in(name, split, seed, data_dir):
+    """build_dataset of a name in INPUTS."""
+    train = split != "test"
+    part = "training images" if train else "test images"
+    if name == "fashion-mnist":
+        stem = "train" if train else "t10k"
+        images = _read_idx(FASHION_MNIST / f"{stem}-images-idx3-ubyte.gz")[:, None]
+        labels = _read_idx(FASHION_MNIST / f"{stem}-labels-idx1-ubyte.gz").long()
+        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES), part=part)
+    dataset = _fake(train, seed) if name == "fake" else _from_torchvision(name, split, data_dir)
+    return replace(dataset, part=part)
+
+
 def _from_torchvision(name, split, data_dir):
-    """CIFAR-10, CIFAR-100 or STL-10, as torchvision reads them."""
-    kind = getattr(torchvision.datasets, name.upper())
+    """CIFAR-10, CIFAR-100 or STL-10, as torchvision reads them; CIFAR-100-20 has CIFAR-100's superclasses."""
+    stem = name.removesuffix("-20")
+    kind = getattr(torchvision.datasets, stem.upper())
     try:
         if name == "stl10":
             found = kind(data_dir, split="train+unlabeled" if split == "pretrain" else split)
-            images, labels = found.data, found.labels
+            images, labels, class_names = found.data, found.labels, found.classes
         else:
             found = kind(data_dir, train=split != "test")
-            images, labels = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)), found.targets
+            images = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
+            labels, class_names = found.targets, found.classes
+        if name == "cifar100-20":            # torchvision checks the files, but keeps fine labels only
+            folder = Path(found.root, found.base_folder)
+            with open(folder / ("test" if split == "test" else "train"), "rb") as file:
+                labels = pickle.load(file, encoding="latin1")["coarse_labels"]
+            with open(folder / "meta", "rb") as file:
+                class_names = pickle.load(file, encoding="latin1")["coarse_label_names"]
     except (RuntimeError, OSError):
-        code = f"import torchvision.datasets as d; d.{name.upper()}('{data_dir}', download=True)"
+        code = f"import torchvision.datasets as d; d.{stem.upper()}('{data_dir}', download=True)"
         raise UserError(f"--data {name}: not whole in --data-dir {data_dir}; fetch it by "
                         f'python -c "{code}"') from None
     labels = None if split == "pretrain" else torch.as_tensor(labels).long()
-    return ImageSet(torch.from_numpy(images), labels, list(found.classes))
+    return ImageSet(torch.from_numpy(images), labels, list(class_names))
 
 
 # ---------------------------------------------------------------- pictures in folders and lists
+def _from_files(name, split, val_share, group_names):
+    """build_dataset of a folder or list."""
+    paths, labels, class_names, part = _find_pictures(Path(name), train=split != "test")
+    chosen = np.ones(len(paths), bool)
+    if val_share and part != "images":
+        raise UserError(f"--val-share: {name} has train and val already; leave the flag out")
+    if val_share:
+        chosen = in_validation(paths, name, val_share, group_names)
+        part = "validation images"
+        if split != "test":
+            chosen, part = ~chosen, "training images"
+        if not chosen.any():
+            raise UserError(f"--val-share {val_share}: there are no {part} among the {len(paths):,}; take "
+                            "another share" + " or leave --group-names out" * bool(group_names))
+    paths = np.array([os.fsencode(path) for path in paths])[chosen]
+    if labels is None:
+        return ImageSet(None, None, None, paths, part=part)
+    class_names = [printable(name) for name in class_names]
+    return ImageSet(None, torch.tensor(labels)[torch.from_numpy(chosen)], class_names, paths, part=part)
+
+
+def in_validation(paths, data, share, group_names=False):
+    """Bool [N]: which pictures of a folder or list `data` are for validation, about the share of each class.
+
+    A fixed function of a picture's path below `data`, so a copy of the folder is divided alike, and a new
+    picture moves no other. group_names: of its name up to the last _ alone, in whatever folder.
+    """
+    root = data if os.path.isdir(data) else os.path.dirname(data) or "."
+    chosen = np.zeros(len(paths), bool)
+    for i, path in enumerate(paths):
+        key = os.path.relpath(path, root).replace(os.sep, "/")
+        if group_names:
+            stem = os.path.splitext(os.path.basename(path))[0]
+            key = stem.rpartition("_")[0] or stem
+        digest = hashlib.sha256(os.fsencode(key)).digest()
+        chosen[i] = int.from_bytes(digest[:8], "big") < share * 2 ** 64
+    return chosen
+
+
 def _find_pictures(data, train):
-    """(paths, labels or None, class names or None) of a split of a folder or list, see build_dataset."""
+    """(paths, labels or None, class names or None, part) of a split of a folder or list."""
     try:
         if data.is_file():
-            return _read_list(data)
+            return *_read_list(data), "images"
         parts = {"train": _part(data, "train"), "val": _part(data, "val") or _part(data, "test")}
         if not any(parts.values()):
-            return _scan(data)
+            return *_scan(data), "images"
         wanted, other = ("train", "val") if train else ("val", "train")
         if not parts[wanted]:
             raise UserError(f"--data {data}: has {parts[other].name}, but no {wanted} folder and no "
@@ -218,15 +349,16 @@ def _find_pictures(data, train):
     except OSError as error:
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from None
     paths, labels, names = found[wanted]
+    called = {"train": "training", "val": "validation", "test": "test"}[parts[wanted].stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
-        return paths, None, None
+        return paths, None, None, called
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
                         f"{parts['train']}")
     number = [known.index(name) for name in names]
-    return paths, [number[label] for label in labels], known
+    return paths, [number[label] for label in labels], known, called
 
 
 def _part(folder, name):
@@ -334,18 +466,45 @@ def read_picture(path):
 
 
 # ---------------------------------------------------------------- labelled sets
-def same_files(train, test):
-    """Whether train and test are the same files, as for a folder that has no train and val in it."""
-    return train.images is None and np.array_equal(train.paths, test.paths)
+def count_overlap(train, test):
+    """Number of picture files of test that are in train, too, by whatever path or link; 0 in memory."""
+    if train.images is not None:
+        return 0
+    return len(_real_paths(train) & _real_paths(test))
 
 
-def labelled(data, seed, data_dir):
-    """(train, test) of a labelled data set. Raises UserError if there are no labels or no such parts."""
-    train, test = (build_dataset(data, split, seed, data_dir) for split in ("train", "test"))
+def _real_paths(dataset):
+    """The set of the real paths of a data set's files."""
+    real_folder, real = {}, set()
+    for path in dataset.paths.tolist():
+        folder, name = os.path.split(path)
+        if folder not in real_folder:             # faster than to resolve each of a million files
+            real_folder[folder] = os.path.realpath(folder)
+        path = os.path.join(real_folder[folder], name)
+        real.add(os.path.realpath(path) if os.path.islink(path) else path)
+    return real
+
+
+def labelled(args, config):
+    """(train, test) of --data, or without it of a checkpoint's own data; config: the checkpoint's.
+
+    Raises UserError if there are no labels or no such parts, or if training images would be tested on.
+    """
+    data = args.data or config["data"]
+    if data is None:
+        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
+    options = folder_options(args, config)
+    train, test = (build_dataset(data, split, config.get("seed", 0), args.data_dir, **options)
+                   for split in ("train", "test"))
     if train.labels is None or test.labels is None:
         raise UserError(f"--data {data}: has no labels, which classification needs")
-    if same_files(train, test):
-        raise UserError(f"--data {data}: has no train and val parts; training images would be tested on")
+    if train.part == "images":
+        raise UserError(f"--data {data}: has no train and val parts; --val-share 0.2 keeps a fifth of each "
+                        "class for validation")
+    both = count_overlap(train, test)
+    if both:
+        raise UserError(f"--data {data}: {both:,} of the {len(test):,} {test.part} are training images, too; "
+                        "remove them from one of the two")
     return train, test
 
 

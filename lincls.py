@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, load_pretrained, write_atomically
-from data import Batches, eval_batches, hold_out, input_of, labelled, num_workers, own_group
+from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
 from model import ARCHS, BatchNorm
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
@@ -45,8 +45,8 @@ def get_parser():
     add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
     add("--arch", choices=ARCHS, help="backbone of a file that does not name it")
     add("--small-images", action="store_true", help="with --arch: ResNet stem for images of 32 pixels")
-    add("--data", help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of labelled "
-        "pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
+        "labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--n-last-blocks", type=at_least(1), default=4, help="ViT: blocks whose class tokens are joined")
     add("--mean-of-patches", action="store_true", help="ViT: join the mean of the last patch tokens, too")
@@ -55,6 +55,7 @@ def get_parser():
     add("--cached", action="store_true", help="compute the features of whole images once: another protocol")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--jitter", action="store_true", help="colour jitter and lighting noise, published for Feature1 to 5")
+    folder_flags(parser)
     add = parser.add_argument_group("heads").add_argument
     add("--lrs", type=at_least(0, float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0],
         help="learning rates for batch size 256; scaled linearly for others")
@@ -237,9 +238,7 @@ def main(args):
     # ---------------------------------------------------------------- data
     backbone, source = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
     data, (size, mean, std) = args.data or source["data"], input_of(source)
-    if data is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
-    whole, test = labelled(data, source.get("seed", 0), args.data_dir)
+    whole, test = labelled(args, source)
     train, held = map(whole.subset, hold_out(whole.labels, args.held_out, args.seed))
     check(args, train, held, test, world_size)
     mine = slice(rank, None, world_size)     # which images of a set this process evaluates

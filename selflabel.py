@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, build_ours, load_checkpoint, refuse_classless
-from data import Batches, build_dataset, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
@@ -45,6 +45,7 @@ def get_parser():
         help="pixels of a global crop; 0: the size of the checkpoint")
     add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
     add("--num-local", type=at_least(0), default=0, help="local crops, besides the two global ones")
+    folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--bunch-size", type=at_least(0), default=0,
         help="images that NBS normalises together; 0: the global batch")
@@ -111,10 +112,11 @@ def main(args):
     # ---------------------------------------------------------------- data
     source = load_checkpoint(args.checkpoint)
     refuse_classless(source["config"], args.checkpoint)
-    config = {**source["config"], **vars(args)}          # the network keeps its shape and its input
-    for name in ("data", "image_size"):
-        config[name] = getattr(args, name) or source["config"].get(name)
-    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir)
+    size, mean, std = input_of(source["config"])         # the network keeps its input, whatever the data
+    options = folder_options(args, source["config"])
+    config = {**source["config"], **vars(args), **options, "data": args.data or source["config"]["data"],
+              "image_size": args.image_size or size, "mean": mean, "std": std}
+    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     config["pictures"] = dataset.files
     check(args, dataset, world_size)
     size, mean, std = input_of(config)

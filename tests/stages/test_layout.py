@@ -102,6 +102,8 @@ def sources_that_read(script):
     """Of the stage, and of what it gives its flags to."""
     texts = [SOURCES[script]]
     for called, reader in (("Run(", SOURCES["run.py"]), ("input_of(", inspect.getsource(data.input_of)),
+                           ("labelled(", inspect.getsource(data.labelled)),
+                           ("folder_flags(", inspect.getsource(data.folder_options)),
                            ("build_network(", inspect.getsource(model)),
                            ("Restarts(", SOURCES["restarts.py"])):
         texts += [reader] * (called in SOURCES[script])
