@@ -402,8 +402,8 @@ def _scan(folder, known=()):
         left_out = Counter()
         paths, labels, classes = _pictures_below(folder, left_out), None, None
         if not paths:
-            raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)})"
-                            f"{_listed(left_out)}")
+            raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
+                            f"{_listed(left_out) or 'no files at all'}")
     else:
         paths = [path for name in classes for path in below[name]]
         labels = np.repeat(np.arange(len(classes)), [len(below[name]) for name in classes]).tolist()
@@ -411,7 +411,7 @@ def _scan(folder, known=()):
     if without:
         _warn_once(f"--data {folder}: folders without pictures are left out: {', '.join(without)}")
     if left_out:
-        _warn_once(f"--data {folder}: {left_out.total():,} files are left out{_listed(left_out)}")
+        _warn_once(f"--data {folder}: {left_out.total():,} files are left out: {_listed(left_out)}")
     return paths, labels, classes
 
 
@@ -420,12 +420,12 @@ def _ending(name):
 
 
 def _listed(left_out):
-    """': 60 .heic (install pillow-heif), 17 .txt' of a Counter of endings; '' if it is empty."""
+    """'60 .heic (install pillow-heif), 17 .txt' of a Counter of endings."""
     words = []
-    for ending, count in left_out.most_common():
+    for ending, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
         remedy = f" ({REMEDIES[ending]})" if ending in REMEDIES else ""
         words.append(f"{count:,} {ending or 'without an ending'}{remedy}")
-    return f": {', '.join(words)}" if words else ""
+    return ", ".join(words)
 
 
 @functools.cache
