@@ -405,8 +405,10 @@ def _scan(folder, known=()):
             raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
                             f"{_listed(left_out) or 'no files at all'}")
     else:
-        paths = [path for name in classes for path in below[name]]
-        labels = np.repeat(np.arange(len(classes)), [len(below[name]) for name in classes]).tolist()
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            paths += below[name]
+            labels += [label] * len(below[name])
     without = [name for name in below if not below[name]]
     if without:
         _warn_once(f"--data {folder}: folders without pictures are left out: {', '.join(without)}")
