@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, build_ours, load_checkpoint, refuse_classless
+from checkpoint import UserError, build_ours, load_trained, refuse_classless
 from data import Batches, build_dataset, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
@@ -109,7 +109,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    source = load_checkpoint(args.checkpoint)
+    source = load_trained(args.checkpoint)
     refuse_classless(source["config"], args.checkpoint)
     config = {**source["config"], **vars(args)}          # the network keeps its shape and its input
     for name in ("data", "image_size"):
