@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
-from data import Batches, build_dataset, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from knn import knn_accuracy, knn_images
 from loss import barlow_twins_terms
 from model import ARCHS, build_network, watch_logits, zero_init_residual
@@ -37,7 +37,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of pictures")
+        help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
         "that data set, barlow for others")
@@ -49,6 +49,7 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the data set's own")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the data set's own")
+    folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
@@ -117,8 +118,9 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir)
-    config = dict(vars(args), loss="barlow", pictures=dataset.files)      # a checkpoint keeps it
+    options = folder_options(args)
+    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir, **options)
+    config = dict(vars(args), loss="barlow", pictures=dataset.files, **options)      # a checkpoint keeps it
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, args.data, published="barlow")
@@ -153,7 +155,7 @@ def main(args):
     run.track(model=model, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
     health = watch_logits(model.projector[-1], run, scaler)

@@ -61,7 +61,10 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote. Raises UserError unless the file is whole."""
-    state, verified = read_file(path)
+    return _require_ours(*read_file(path), path)
+
+
+def _require_ours(state, verified, path):
     if not verified:
         raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short)")
     if not is_ours(state):
@@ -149,18 +152,21 @@ def load_twist(path, key=None):
     Raises UserError for a run that had another loss, and so no classes.
     """
     state = load_trained(path)
-    config = state["config"]
-    refuse_classless(config, path)
-    return build_ours(config, state[_choose(state, key, path)], path), config
+    return build_ours(state["config"], state[_choose(state, key, path)], path), state["config"]
 
 
 def load_trained(path):
-    """A dict with model, config, and teacher if there is one, of a whole network: a run's checkpoint of this
-    project or of TWIST's released code. Raises UserError for a bare backbone, which has no head."""
+    """{model, config, maybe teacher} of a Twist, from a checkpoint of a run or of TWIST's released code.
+
+    Raises UserError for a bare backbone, and for a network that was trained by an objective without classes.
+    """
     content, verified = read_file(path)
-    if verified and not is_ours(content):
-        content = read_published(content, path) or content
-    return content if verified and is_ours(content) else load_checkpoint(path)         # which says why not
+    published = None if is_ours(content) else read_published(content, path)
+    state = published if published and verified else _require_ours(content, verified, path)
+    loss = state["config"].get("loss", "twist")
+    if loss != "twist":
+        raise UserError(f"{path}: holds no classes, because its loss was {loss}, not twist")
+    return state
 
 
 def load_pretrained(path, arch=None, small_images=False, key=None):
@@ -178,12 +184,6 @@ def load_teacher(path, arch=None, head="auto"):
     backbone, config, place = _pretrained(path, arch, arch_flag="--teacher-arch", key_flag=None)
     activation = nn.GELU if config["arch"].startswith("vit") else nn.ReLU
     return backbone, *load_head(path, place, head, activation), config
-
-
-def refuse_classless(config, path):
-    """Raises UserError for a network that was trained by an objective without classes."""
-    if config.get("loss", "twist") != "twist":
-        raise UserError(f"{path}: holds no classes, because its loss was {config['loss']}, not twist")
 
 
 def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch", key_flag="--key"):
@@ -227,6 +227,8 @@ def load_init(network, args):
     saved = (out / "checkpoint.pth").exists() or (out / "checkpoint.prev.pth").exists()
     if args.init is None or args.resume not in ("auto", "never") or saved and not args.overwrite:
         return
+    if args.restarts > 1:
+        raise UserError(f"--restarts {args.restarts}: all would start from --init; use --restarts 1")
     content, _ = read_file(args.init)
     trained = content if is_ours(content) else read_published(content, args.init)
     if trained is None:
@@ -243,8 +245,8 @@ def load_init(network, args):
                 if str(name).startswith("backbone.")}
     problem = differences(network.backbone.state_dict(), backbone)
     if problem:
-        raise UserError(f"--init {args.init}: its {trained['config'].get('arch')} is not the --arch {args.arch} "
-                        f"of these flags ({problem}); use its flags")
+        raise UserError(f"--init {args.init}: its {trained['config'].get('arch')} is not this --arch "
+                        f"{args.arch} ({problem}); use its flags")
     network.backbone.load_state_dict(backbone)
     say_once(f"--init {args.init}: the backbone starts from it, the head anew, as its own differs ({misfit})")
 

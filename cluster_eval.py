@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 
 from checkpoint import UserError, load_twist, write_atomically
-from data import CentreCrops, build_dataset, eval_batches
+from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from model import reestimate_batch_norms
 from pictures import PER_SHEET, caption, draw_clusters
 from predictions import describe_clusters, read_mapping, read_predictions, write_assignments
@@ -37,6 +37,7 @@ def get_parser():
     add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--split", default="test", choices=("train", "test"), help="part to score; of a folder, test is val")
+    folder_flags(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--map-from", help="metrics.json of a labelled split: use its mapping of clusters to classes")
     add("--silhouette", action="store_true", help="of the clusters, by cosine distance of backbone features")
@@ -265,21 +266,21 @@ def main(args):
         for flag in ("key", "data", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
             if getattr(args, flag):
                 raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
-        title, split = args.predictions, "predicted"
+        title, split, part = args.predictions, "predicted", "predicted images"
         labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
         num_clusters = len(cluster_names)
         scored["predictions"] = evaluate_with_noise(labels, predictions, probabilities)
     else:
         network, config = load_twist(args.checkpoint, args.key)
         title, split, seed, remarks = args.data or config["data"], args.split, config["seed"], []
-        dataset = build_dataset(title, split, seed, args.data_dir)
-        class_names = dataset.class_names if dataset.labels is not None else None
+        dataset = build_dataset(title, split, seed, args.data_dir, **folder_options(args, config))
+        part, class_names = dataset.part, dataset.class_names if dataset.labels is not None else None
         num_clusters, cluster_names = config["num_classes"], range(config["num_classes"])
         if args.map_from:
             mapping, class_names = read_mapping(args.map_from, num_clusters, class_names)
             remarks.append(f"clusters are named by the mapping of {args.map_from}")
         if args.bn_images:
-            train = dataset if split == "train" else build_dataset(title, "train", seed, args.data_dir)
+            train = build_dataset(title, "train", seed, args.data_dir, **folder_options(args, config))
         if args.pixel_kmeans and dataset.images is None:
             raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
     out = make_evaluation_folder(args.output_dir)
@@ -320,7 +321,7 @@ def main(args):
     mapping = metrics.get("mapping", mapping)
     clusters = describe_clusters(predictions, labels, mapping, class_names)
     named = [row | {"cluster": cluster_names[row["cluster"]]} for row in clusters]         # ids of the file
-    print(f"{title}: {len(predictions):,} {split} images, {len(clusters)} of {num_clusters} clusters in use")
+    print(f"{title}: {len(predictions):,} {part}, {len(clusters)} of {num_clusters} clusters in use")
     for name, scores in scored.items():
         print("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one {acc_majority:.4f})"
               "   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}".format(name, **scores))

@@ -7,11 +7,19 @@ The order of the images and the random numbers of their views are functions of t
 sees the same for any number of processes and workers, and wherever it was stopped.
 """
 
+import argparse
+import difflib
+import functools
 import gzip
+import hashlib
+import math
 import os
+import pickle
 import stat
 import warnings
 import zlib
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from checkpoint import UserError, printable, to_stderr
+from run import at_least
+
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None           # optional, for the pictures of iPhones
 from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
@@ -29,13 +43,24 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
     "fake": (32, (0.5,), (0.25,)),
     "cifar10": (32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar100-20": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),     # with its 20 superclasses
     "stl10": (96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
+            ".pgm")
 # Nothing else is opened, whatever a file is called: for an EPS file Pillow would start another program.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
+REMEDIES = {".avif": "install Pillow 11.3 or later", ".heic": "install pillow-heif",
+            ".heif": "install pillow-heif"}      # for pictures that may not be readable here
+if "avif" in features.modules and features.check("avif"):
+    SUFFIXES, FORMATS = (*SUFFIXES, ".avif"), (*FORMATS, "AVIF")
+if pillow_heif:
+    pillow_heif.register_heif_opener()
+    SUFFIXES, FORMATS = (*SUFFIXES, ".heic", ".heif"), (*FORMATS, "HEIF")
+TOPS = (1, 255, 4095, 65535)     # white in pictures of more than 8 bits
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
@@ -60,6 +85,7 @@ class ImageSet:
     # the parts of a set count its broken files together, and so do the workers: it is in shared memory
     broken: torch.Tensor | None = None            # bool, of all files of the whole set
     positions: torch.Tensor | None = None         # int64 [N], of this part's files in `broken`
+    part: str = "images"                          # or training images, validation images, test images
 
     def __post_init__(self):
         if self.images is None and self.broken is None:
@@ -109,8 +135,10 @@ class ImageSet:
         """The images of a slice, an array of indices, or a mask."""
         labels = None if self.labels is None else self.labels[index]
         if self.images is not None:
-            return ImageSet(self.images[index], labels, self.class_names)
-        return ImageSet(None, labels, self.class_names, self.paths[index], self.broken, self.positions[index])
+            return replace(self, images=self.images[index], labels=labels)
+        positions = self.positions[index]
+        places = np.asarray(index) if isinstance(index, torch.Tensor) else index
+        return replace(self, labels=labels, paths=self.paths[places], positions=positions)
 
     @property
     def files(self):
@@ -126,35 +154,99 @@ def input_of(config):
     return config.get("image_size") or size, config.get("mean") or mean, config.get("std") or std
 
 
-def build_dataset(name, split, seed=0, data_dir="datasets"):
+def folder_flags(parser):
+    """Adds the flags that say which pictures and classes of --data are taken, the same in every stage."""
+    add = parser.add_argument_group("parts and classes of --data").add_argument
+    add("--val-share", type=at_least(0, float, 1), metavar="SHARE",
+        help="share of each class for validation, in a folder or list that has no train and val; without it "
+        "that of the checkpoint if there is one, else 0: all pictures are in every part")
+    add("--group-names", action=argparse.BooleanOptionalAction, default=None,
+        help="--val-share keeps pictures together whose names agree up to the last _")
+    add("--classes", metavar="FILE",
+        help="names of the classes to take, one a line, numbered in this order; without it those of the "
+        "checkpoint if there is one, else all")
+
+
+def folder_options(args, config=None):
+    """The values of folder_flags, as keywords of build_dataset; `classes` becomes the list of names.
+
+    config: a checkpoint's. Where --data is its own data, a flag that is not given has the value that is in
+    there, so that an evaluation takes the same parts and classes as the training. Raises UserError.
+    """
+    inherited = {}
+    if config and config.get("data") and (not args.data or _same_place(args.data, config["data"])):
+        inherited = config
+    options = {}
+    for name in ("val_share", "group_names", "classes"):
+        given = getattr(args, name, None)         # not every script has the flags
+        options[name] = inherited.get(name) if given is None else given
+    if isinstance(options["classes"], str):
+        options["classes"] = _read_class_names(options["classes"])
+    if options["group_names"] and not options["val_share"]:
+        raise UserError("--group-names: needs --val-share, whose parts it makes")
+    return options
+
+
+def _same_place(a, b):
+    return a == b or a not in INPUTS and b not in INPUTS and os.path.realpath(a) == os.path.realpath(b)
+
+
+def _read_class_names(path):
+    """The lines of a file of class names, without empty ones."""
+    try:
+        lines = Path(path).read_text(errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"--classes {path}: cannot be read ({error.strerror}); it has a class name a line"
+                        ) from None
+    names = [printable(line.strip()) for line in lines if line.strip()]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if not names or twice:
+        problem = f"names '{twice[0]}' twice" if twice else "is empty"
+        raise UserError(f"--classes {path}: {problem}; it needs a class name a line")
+    return names
+
+
+def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None):
     """A split of a data set, as an ImageSet.
 
-    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, stl10 (torchvision's files
-    in data_dir); or a path: a list of pictures (see _read_list), or a folder with train/class/* and
-    val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a folder are lists.
-    A path without train and val is every split.
+    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
+    (torchvision's files in data_dir); or a path: a list of pictures (see _read_list), or a folder with
+    train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
+    folder are lists. A path without train and val is every split, unless val_share divides it.
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
-    unlabelled part. Raises UserError.
+    unlabelled part. val_share, group_names, classes: see folder_flags. Raises UserError.
     """
-    if split == "pretrain" and name != "stl10":
-        return replace(build_dataset(name, "train", seed, data_dir), labels=None)
-    train = split != "test"
-    if name == "fashion-mnist":
-        part = "train" if train else "t10k"
-        images = _read_idx(FASHION_MNIST / f"{part}-images-idx3-ubyte.gz")[:, None]
-        labels = _read_idx(FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").long()
-        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES))
-    if name == "fake":
-        return _fake(train, seed)
+    if name is None:
+        raise UserError("--data: the checkpoint does not say on what it was trained; name the data")
+    options = dict(val_share=val_share, group_names=group_names, classes=classes)
+    if split == "pretrain" and (name != "stl10" or classes):
+        return replace(build_dataset(name, "train", seed, data_dir, **options), labels=None)
     if name in INPUTS:
-        return _from_torchvision(name, split, data_dir)
-    if not os.path.exists(name):
+        if val_share:
+            raise UserError(f"--val-share: {name} has a test part already; leave the flag out")
+        dataset = _built_in(name, split, seed, data_dir)
+    elif os.path.exists(name):
+        dataset = _from_files(name, split, val_share, group_names)
+    else:
         raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list")
-    paths, labels, class_names = _find_pictures(Path(name), train)
-    paths = np.array([os.fsencode(path) for path in paths])
-    if labels is None:
-        return ImageSet(None, None, None, paths)
-    return ImageSet(None, torch.tensor(labels), [printable(name) for name in class_names], paths)
+    return _take_classes(dataset, classes, name) if classes else dataset
+
+
+def _take_classes(dataset, classes, name):
+    """The images of these classes, which are numbered in this order."""
+    if dataset.labels is None:
+        raise UserError(f"--classes: {name} has no labels; leave the flag out")
+    number = torch.full((len(dataset.class_names),), -1)
+    for c, wanted in enumerate(classes):
+        if wanted not in dataset.class_names:
+            nearest = difflib.get_close_matches(wanted, dataset.class_names, 1) or dataset.class_names
+            raise UserError(f"--classes: '{wanted}' is not among the {len(number)} classes of {name}; "
+                            f"is '{nearest[0]}' meant?")
+        number[dataset.class_names.index(wanted)] = c
+    labels = number[dataset.labels]
+    if not (labels >= 0).any():
+        raise UserError(f"--classes: {name} has no {dataset.part} of these classes")
+    return replace(dataset.subset(labels >= 0), labels=labels[labels >= 0], class_names=list(classes))
 
 
 # ---------------------------------------------------------------- built-in data sets
@@ -179,33 +271,93 @@ def _fake(train, seed):
                     [f"class {c}" for c in range(10)])
 
 
+def _built_in(name, split, seed, data_dir):
+    """build_dataset of a name in INPUTS."""
+    train = split != "test"
+    part = "training images" if train else "test images"
+    if name == "fashion-mnist":
+        stem = "train" if train else "t10k"
+        images = _read_idx(FASHION_MNIST / f"{stem}-images-idx3-ubyte.gz")[:, None]
+        labels = _read_idx(FASHION_MNIST / f"{stem}-labels-idx1-ubyte.gz").long()
+        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES), part=part)
+    dataset = _fake(train, seed) if name == "fake" else _from_torchvision(name, split, data_dir)
+    return replace(dataset, part=part)
+
+
 def _from_torchvision(name, split, data_dir):
-    """CIFAR-10, CIFAR-100 or STL-10, as torchvision reads them."""
-    kind = getattr(torchvision.datasets, name.upper())
+    """CIFAR-10, CIFAR-100 or STL-10, as torchvision reads them; CIFAR-100-20 has CIFAR-100's superclasses."""
+    stem = name.removesuffix("-20")
+    kind = getattr(torchvision.datasets, stem.upper())
     try:
         if name == "stl10":
             found = kind(data_dir, split="train+unlabeled" if split == "pretrain" else split)
-            images, labels = found.data, found.labels
+            images, labels, class_names = found.data, found.labels, found.classes
         else:
             found = kind(data_dir, train=split != "test")
-            images, labels = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)), found.targets
+            images = np.ascontiguousarray(found.data.transpose(0, 3, 1, 2))
+            labels, class_names = found.targets, found.classes
+        if name == "cifar100-20":            # torchvision checks the files, but keeps fine labels only
+            folder = Path(found.root, found.base_folder)
+            with open(folder / ("test" if split == "test" else "train"), "rb") as file:
+                labels = pickle.load(file, encoding="latin1")["coarse_labels"]
+            with open(folder / "meta", "rb") as file:
+                class_names = pickle.load(file, encoding="latin1")["coarse_label_names"]
     except (RuntimeError, OSError):
-        code = f"import torchvision.datasets as d; d.{name.upper()}('{data_dir}', download=True)"
+        code = f"import torchvision.datasets as d; d.{stem.upper()}('{data_dir}', download=True)"
         raise UserError(f"--data {name}: not whole in --data-dir {data_dir}; fetch it by "
                         f'python -c "{code}"') from None
     labels = None if split == "pretrain" else torch.as_tensor(labels).long()
-    return ImageSet(torch.from_numpy(images), labels, list(found.classes))
+    return ImageSet(torch.from_numpy(images), labels, list(class_names))
 
 
 # ---------------------------------------------------------------- pictures in folders and lists
+def _from_files(name, split, val_share, group_names):
+    """build_dataset of a folder or list."""
+    paths, labels, class_names, part = _find_pictures(Path(name), train=split != "test")
+    chosen = np.ones(len(paths), bool)
+    if val_share and part != "images":
+        raise UserError(f"--val-share: {name} has train and val already; leave the flag out")
+    if val_share:
+        chosen = in_validation(paths, name, val_share, group_names)
+        part = "validation images"
+        if split != "test":
+            chosen, part = ~chosen, "training images"
+        if not chosen.any():
+            raise UserError(f"--val-share {val_share}: there are no {part} among the {len(paths):,}; take "
+                            "another share" + " or leave --group-names out" * bool(group_names))
+    paths = np.array([os.fsencode(path) for path in paths])[chosen]
+    if labels is None:
+        return ImageSet(None, None, None, paths, part=part)
+    class_names = [printable(name) for name in class_names]
+    return ImageSet(None, torch.tensor(labels)[torch.from_numpy(chosen)], class_names, paths, part=part)
+
+
+def in_validation(paths, data, share, group_names=False):
+    """Bool [N]: which pictures of a folder or list `data` are for validation, about the share of each class.
+
+    A fixed function of a picture's path below `data`, so a copy of the folder is divided alike, and a new
+    picture moves no other. group_names: of its name up to the last _ alone, in whatever folder.
+    """
+    root = data if os.path.isdir(data) else os.path.dirname(data) or "."
+    chosen = np.zeros(len(paths), bool)
+    for i, path in enumerate(paths):
+        key = os.path.relpath(path, root).replace(os.sep, "/")
+        if group_names:
+            stem = os.path.splitext(os.path.basename(path))[0]
+            key = stem.rpartition("_")[0] or stem
+        digest = hashlib.sha256(os.fsencode(key)).digest()
+        chosen[i] = int.from_bytes(digest[:8], "big") < share * 2 ** 64
+    return chosen
+
+
 def _find_pictures(data, train):
-    """(paths, labels or None, class names or None) of a split of a folder or list, see build_dataset."""
+    """(paths, labels or None, class names or None, part) of a split of a folder or list."""
     try:
         if data.is_file():
-            return _read_list(data)
+            return *_read_list(data), "images"
         parts = {"train": _part(data, "train"), "val": _part(data, "val") or _part(data, "test")}
         if not any(parts.values()):
-            return _scan(data)
+            return *_scan(data), "images"
         wanted, other = ("train", "val") if train else ("val", "train")
         if not parts[wanted]:
             raise UserError(f"--data {data}: has {parts[other].name}, but no {wanted} folder and no "
@@ -214,19 +366,21 @@ def _find_pictures(data, train):
         found = {}
         for name, part in parts.items():
             if part:
-                found[name] = _read_list(part) if part.is_file() else _scan(part)
+                known = found["train"][2] if "train" in found else None
+                found[name] = _read_list(part) if part.is_file() else _scan(part, known or ())
     except OSError as error:
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from None
     paths, labels, names = found[wanted]
+    called = {"train": "training", "val": "validation", "test": "test"}[parts[wanted].stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
-        return paths, None, None
-    unknown = sorted(set(names) - set(known))
+        return paths, None, None, called
+    unknown = sorted({names[label] for label in labels} - set(known))
     if unknown:
         raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
                         f"{parts['train']}")
-    number = [known.index(name) for name in names]
-    return paths, [number[label] for label in labels], known
+    number = {name: c for c, name in enumerate(known)}
+    return paths, [number[names[label]] for label in labels], known, called
 
 
 def _part(folder, name):
@@ -237,23 +391,54 @@ def _part(folder, name):
     return None
 
 
-def _scan(folder):
-    """As _find_pictures. Subfolders are classes if there are two or more, and no pictures beside them."""
+def _scan(folder, known=()):
+    """As _find_pictures, without the part. Subfolders with pictures are classes if there are two or more, or
+    one that is among the known ones, and no pictures beside them. Names what is left out on stderr."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
-    if len(classes) < 2 or loose:
-        return _pictures_below(folder), None, None
-    paths, labels = [], []
-    for label, top in enumerate(classes):
-        below = _pictures_below(top)
-        paths += below
-        labels += [label] * len(below)
-    return paths, labels, [top.name for top in classes]
+    left_out = Counter(_ending(entry.name) for entry in entries if entry.is_file())
+    below = {}
+    if not left_out.keys() & set(SUFFIXES):
+        below = {entry.name: _pictures_below(entry, left_out) for entry in entries if entry.is_dir()}
+    classes = [name for name in below if below[name]]
+    if len(classes) < 2 and not set(classes) & set(known):
+        left_out = Counter()
+        paths, labels, classes = _pictures_below(folder, left_out), None, None
+        if not paths:
+            raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)})"
+                            f"{_listed(left_out)}")
+    else:
+        paths = [path for name in classes for path in below[name]]
+        labels = np.repeat(np.arange(len(classes)), [len(below[name]) for name in classes]).tolist()
+    without = [name for name in below if not below[name]]
+    if without:
+        _warn_once(f"--data {folder}: folders without pictures are left out: {', '.join(without)}")
+    if left_out:
+        _warn_once(f"--data {folder}: {left_out.total():,} files are left out{_listed(left_out)}")
+    return paths, labels, classes
 
 
-def _pictures_below(top):
-    """Paths of the pictures in a folder and its subfolders, links followed; UserError if there are none."""
+def _ending(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _listed(left_out):
+    """': 60 .heic (install pillow-heif), 17 .txt' of a Counter of endings; '' if it is empty."""
+    words = []
+    for ending, count in left_out.most_common():
+        remedy = f" ({REMEDIES[ending]})" if ending in REMEDIES else ""
+        words.append(f"{count:,} {ending or 'without an ending'}{remedy}")
+    return f": {', '.join(words)}" if words else ""
+
+
+@functools.cache
+def _warn_once(line):
+    """A warning on stderr, by the first process on each machine; each part of a set is read several times."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        to_stderr(f"warning: {printable(line)}")
+
+
+def _pictures_below(top, left_out):
+    """Paths of the pictures in a folder and its subfolders, links followed; counts other files by ending."""
     paths, seen = [], {os.path.realpath(top)}
     for parent, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
@@ -261,10 +446,12 @@ def _pictures_below(top):
         folders[:] = [name for name in real if not name.startswith(".") and real[name] not in seen]
         seen.update(real[name] for name in folders)
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 paths.append(os.path.join(parent, name))
-    if not paths:
-        raise UserError(f"--data {top}: no pictures in this folder ({' '.join(SUFFIXES)})")
+            else:
+                left_out[_ending(name)] += 1
     return paths
 
 
@@ -301,11 +488,16 @@ def _read_list(path):
 
 
 def _number_labels(labels):
-    """(numbers, class names) of a list's labels: decimal ones are the numbers; others are sorted by name."""
-    if all(label.isdecimal() for label in labels):
+    """(numbers, class names) of a list's labels: decimal ones are the numbers, unless most numbers up to the
+    largest, above 1,000, are missing. Others are sorted, by number or by name."""
+    if all(label.isdecimal() and len(label) < 19 for label in labels):
         numbers = [int(label) for label in labels]
-        return numbers, [str(c) for c in range(1 + max(numbers))]
-    names = sorted(set(labels))
+        names = sorted(set(numbers))
+        if names[-1] < max(1000, 2 * len(names)):
+            return numbers, [str(c) for c in range(1 + names[-1])]
+        labels, names = map(str, numbers), [str(number) for number in names]
+    else:
+        names = sorted(set(labels))
     number = {name: c for c, name in enumerate(names)}
     return [number[label] for label in labels], names
 
@@ -313,19 +505,25 @@ def _number_labels(labels):
 def read_picture(path):
     """A picture file as uint8 [3, H, W].
 
-    EXIF orientation is applied, transparency dropped; of several frames it is the first. Pillow reads it, as
-    torchvision's JPEG decoder takes 0.85 instead of 0.95 ms and is deprecated since version 0.29.
-    Raises UserError, one line, for everything that is not a picture.
+    EXIF orientation is applied; of several frames it is the first. What is transparent is put on white, as
+    colours under it are arbitrary. Pillow reads it, as torchvision's JPEG decoder takes 0.85 instead of
+    0.95 ms and is deprecated since version 0.29. Raises UserError, one line, for everything else.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):        # opening a pipe would wait for its other end
             raise ValueError("not a regular file")
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            deep_colours = any(";16" in str(tile) for tile in image.tile)      # Pillow keeps the upper 8 bits
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):                 # 16 bits, which Pillow would clip to 8
-                levels = np.clip(np.asarray(image) / 257, 0, 255).round()
-                image = Image.fromarray(levels.astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            if image.mode.startswith(("I", "F")):
+                image = Image.fromarray(_to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.array(image.convert("RGB"))
+            if deep_colours and image.mode == "RGB" and pixels.max() < 16:
+                pixels *= 17                               # 12 bits stored in 16, see _to_8_bits
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception as error:                             # a damaged file makes a decoder raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -333,29 +531,69 @@ def read_picture(path):
         raise UserError(printable(f"{path}: not a readable picture ({reason})")) from None
 
 
+def _to_8_bits(levels):
+    """uint8 [H, W] of integers or floats [H, W], which Pillow would clip to 255.
+
+    White is the first of TOPS that no level exceeds (1 for floats only): 12 bits are often stored in 16.
+    """
+    low, high = levels.min(), levels.max()
+    if not 0 <= low <= high <= TOPS[-1]:                   # true for NaN
+        raise ValueError(f"levels from {low:g} to {high:g}; scale them to 0 to {TOPS[-1]}")
+    tops = TOPS if levels.dtype.kind == "f" else TOPS[1:]
+    white = next(top for top in tops if high <= top)
+    return (levels * (255 / white)).round().astype(np.uint8)
+
+
 # ---------------------------------------------------------------- labelled sets
-def same_files(train, test):
-    """Whether train and test are the same files, as for a folder that has no train and val in it."""
-    return train.images is None and np.array_equal(train.paths, test.paths)
+def count_overlap(train, test):
+    """Number of picture files of test that are in train, too, by whatever path or link; 0 in memory."""
+    if train.images is not None:
+        return 0
+    return len(_real_paths(train) & _real_paths(test))
 
 
-def labelled(data, seed, data_dir):
-    """(train, test) of a labelled data set. Raises UserError if there are no labels or no such parts."""
-    train, test = (build_dataset(data, split, seed, data_dir) for split in ("train", "test"))
+def _real_paths(dataset):
+    """The set of the real paths of a data set's files."""
+    real_folder, real = {}, set()
+    for path in dataset.paths.tolist():
+        folder, name = os.path.split(path)
+        if folder not in real_folder:             # faster than to resolve each of a million files
+            real_folder[folder] = os.path.realpath(folder)
+        path = os.path.join(real_folder[folder], name)
+        real.add(os.path.realpath(path) if os.path.islink(path) else path)
+    return real
+
+
+def labelled(args, config):
+    """(train, test) of --data, or without it of a checkpoint's own data; config: the checkpoint's.
+
+    Raises UserError if there are no labels or no such parts, or if training images would be tested on.
+    """
+    data = args.data or config["data"]
+    if data is None:
+        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
+    options = folder_options(args, config)
+    train, test = (build_dataset(data, split, config.get("seed", 0), args.data_dir, **options)
+                   for split in ("train", "test"))
     if train.labels is None or test.labels is None:
         raise UserError(f"--data {data}: has no labels, which classification needs")
-    if same_files(train, test):
-        raise UserError(f"--data {data}: has no train and val parts; training images would be tested on")
+    if train.part == "images":
+        raise UserError(f"--data {data}: has no train and val parts; --val-share 0.2 keeps a fifth of each "
+                        "class for validation")
+    both = count_overlap(train, test)
+    if both:
+        raise UserError(f"--data {data}: {both:,} of the {len(test):,} {test.part} are training images, too; "
+                        "remove them from one of the two")
     return train, test
 
 
 def hold_out(labels, share, seed):
-    """Ascending indices (kept, held out) of images with labels [N]; of each class the share is held out."""
+    """Ascending indices (kept, held out) of images with labels [N]: of each class the share, never all."""
     shuffled = torch.from_numpy(np.random.default_rng([seed, 6]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         of_class = shuffled[labels[shuffled] == label]
-        held[of_class[:round(share * len(of_class))]] = True
+        held[of_class[:min(round(share * len(of_class)), len(of_class) - 1)]] = True
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
@@ -411,12 +649,18 @@ class Batches(torch.utils.data.Dataset):
         yield from np.random.default_rng([self.seed, 8, index]).permutation(len(self.dataset))
 
 
-def num_workers(wanted, dataset, world_size=1):
-    """Data-loader workers of a process: as wanted; for -1 one per core, or none for a set in memory."""
+def num_workers(wanted, dataset):
+    """Data-loader workers of a process: as wanted; for -1 none for a set in memory, else its share of the
+    CPUs that the processes on this machine may use."""
     if wanted >= 0 or dataset.images is not None:
         return max(0, wanted)
-    processes = min(world_size, torch.cuda.device_count() or world_size)          # on this machine
-    return max(1, (os.cpu_count() or 1) // processes)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):           # no such file, or no limit in it
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cpus = min(cpus, math.ceil(quota / period))
+    total = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(total, torch.cuda.device_count() or total)))
+    return max(1, cpus // processes)
 
 
 def own_group(worker):

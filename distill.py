@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, load_teacher
-from data import Batches, build_dataset, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from lincls import fingerprint
 from loss import seed_loss, seed_target
 from model import ARCHS, Embedder, build_network
@@ -34,8 +34,8 @@ LINE = "loss {loss:.3f} positive {positive_mass:.1%} cosine {cosine:.3f} spread 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
-    add("--data", help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of pictures; "
-        "without it the teacher's data")
+    add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
+        "pictures; without it the teacher's data")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
         "that data set; for others seed with local crops, moco without")
@@ -49,6 +49,7 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the teacher's")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the teacher's")
+    folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="the student's backbone")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
@@ -127,12 +128,13 @@ def main(args):
     # ---------------------------------------------------------------- data
     backbone, head_name, head, source = load_teacher(args.teacher, args.teacher_arch, args.teacher_head)
     teacher = Embedder(backbone, head).eval().requires_grad_(False)
-    config = dict(vars(args), loss="seed", data=args.data or source["data"],
-                  image_size=args.image_size or source.get("image_size"),
-                  mean=args.mean or source.get("mean"), std=args.std or source.get("std"))
+    size, mean, std = input_of(source)       # the teacher keeps its input, whatever the data
+    options = folder_options(args, source)
+    config = dict(vars(args), **options, loss="seed", data=args.data or source["data"],
+                  image_size=args.image_size or size, mean=args.mean or mean, std=args.std or std)
     if config["data"] is None:
         raise UserError(f"--data: {args.teacher} does not say on what it was trained; name the data")
-    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir)
+    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
     with torch.no_grad():
@@ -174,7 +176,7 @@ def main(args):
     run.track(model=model, queues=queues, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

@@ -15,8 +15,8 @@ import json
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, write_atomically
-from data import build_dataset, eval_batches, same_files
+from checkpoint import UserError, to_stderr, write_atomically
+from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
 from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
 
@@ -27,6 +27,7 @@ def get_parser():
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
+    folder_flags(parser)
     add = parser.add_argument_group("vote").add_argument
     add("--k", type=at_least(1), nargs="+", default=[10, 20, 100, 200],
         help="numbers of neighbours that vote")
@@ -110,16 +111,21 @@ def knn_images(args, dataset):
     dataset: the run's own. Its mask of broken files is shared, so that each file is named once.
     """
     try:
-        train = build_dataset(args.data, "train", args.seed, args.data_dir)
-        test = build_dataset(args.data, "test", args.seed, args.data_dir)
+        options = folder_options(args)
+        train = build_dataset(args.data, "train", args.seed, args.data_dir, **options)
+        test = build_dataset(args.data, "test", args.seed, args.data_dir, **options)
     except UserError:                                     # this data set has no validation split
         return None
-    if train.labels is None or test.labels is None or same_files(train, test):
+    if train.labels is None or test.labels is None or train.part == "images":
         return None
     if dataset.images is None:
         train.broken = dataset.broken
-    return [part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
-            for part in (train, test)]
+    train, test = (part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
+                   for part in (train, test))
+    both = count_overlap(train, test)
+    if both:
+        to_stderr(f"warning: no k-NN accuracy is watched, as {both:,} {test.part} are training images, too")
+    return None if both else [train, test]
 
 
 def knn_accuracy(backbone, train, test, config, device, k=20):
@@ -138,15 +144,7 @@ def main(args):
     backbone.to(args.device)
 
     # ---------------------------------------------------------------- data
-    name = args.data or config["data"]
-    if name is None:
-        raise UserError(f"--data: {args.checkpoint} does not say which; name a data set, folder or list")
-    train = build_dataset(name, "train", config["seed"], args.data_dir)
-    test = build_dataset(name, "test", config["seed"], args.data_dir)
-    if train.labels is None or test.labels is None:
-        raise UserError(f"--data {name}: has no labels, which k-NN classification needs")
-    if same_files(train, test):
-        raise UserError(f"--data {name}: has no train and val parts; each picture would find itself")
+    train, test = labelled(args, config)
     if max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: there are only {len(train)} training images")
     out = make_evaluation_folder(args.output_dir)
@@ -166,6 +164,7 @@ def main(args):
     neighbour_labels = train.labels[index.cpu()]                                          # [N, max k]
     num_classes = len(train.class_names)
     broken = f"; {num_broken} broken pictures left out" if num_broken else ""
+    name = args.data or config["data"]
     print(f"{name}: {len(test):,} test images against {len(train):,} training images, "
           f"T = {args.temperature}{broken}")
     metrics = {"checkpoint": args.checkpoint, "data": name, "temperature": args.temperature,

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
-from data import Batches, eval_batches, hold_out, input_of, labelled, num_workers, own_group
+from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
 from model import BatchNorm
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
@@ -43,8 +43,8 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     network_flags(parser)
     add = parser.add_argument_group("data and features").add_argument
-    add("--data", help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of labelled "
-        "pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
+        "labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--n-last-blocks", type=at_least(1), default=4, help="ViT: blocks whose class tokens are joined")
     add("--mean-of-patches", action="store_true", help="ViT: join the mean of the last patch tokens, too")
@@ -53,6 +53,7 @@ def get_parser():
     add("--cached", action="store_true", help="compute the features of whole images once: another protocol")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--jitter", action="store_true", help="colour jitter and lighting noise, published for Feature1 to 5")
+    folder_flags(parser)
     add = parser.add_argument_group("heads").add_argument
     add("--lrs", type=at_least(0, float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0],
         help="learning rates for batch size 256; scaled linearly for others")
@@ -235,9 +236,7 @@ def main(args):
     # ---------------------------------------------------------------- data
     backbone, source = load_network(args)
     data, (size, mean, std) = args.data or source["data"], input_of(source)
-    if data is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
-    whole, test = labelled(data, source.get("seed", 0), args.data_dir)
+    whole, test = labelled(args, source)
     train, held = map(whole.subset, hold_out(whole.labels, args.held_out, args.seed))
     check(args, train, held, test, world_size)
     mine = slice(rank, None, world_size)     # which images of a set this process evaluates
@@ -279,7 +278,7 @@ def main(args):
     else:
         loader = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-            num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+            num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
             generator=torch.Generator()))        # else it draws from the generator that a checkpoint keeps
 
     def score_held():                        # top-1 and top-5 [2, L, G]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, load_init
-from data import Batches, build_dataset, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from knn import knn_accuracy, knn_images
 from loss import momentum_twist_loss, twist_loss
 from model import ARCHS, build_network, bunch_layout, watch_logits, zero_init_residual
@@ -41,7 +41,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of pictures")
+        help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
         "that data set; for others multicrop with local crops, barlow without")
@@ -55,10 +55,10 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the data set's own")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the data set's own")
+    folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
-    add("--init", metavar="FILE", help="start from its weights: those of a run, with the head if its sizes are "
-        "the same, or any project's backbone of this --arch; needs --restarts 1")
+    add("--init", metavar="FILE", help="start from its weights, a run's or any project's; with --restarts 1")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
     add("--num-classes", type=at_least(2), default=10, help="C, classes to find")
     add("--hidden-dim", type=at_least(1), default=512, help="width of the projection head's hidden layers")
@@ -119,8 +119,6 @@ def check(args, dataset, world_size):
             raise UserError(f"--{name}: one number for all channels or three")
     if args.small_images and not args.arch.startswith("resnet"):
         raise UserError(f"--small-images: {args.arch} is not a ResNet")
-    if args.init and args.restarts > 1:
-        raise UserError(f"--restarts {args.restarts}: all would start from --init; use --restarts 1")
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
     if args.batch_size > len(dataset):
@@ -147,8 +145,10 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir)
-    config = dict(vars(args), loss="twist", image_size=image_size(args), pictures=dataset.files)
+    options = folder_options(args)
+    dataset = build_dataset(args.data, "pretrain", args.seed, args.data_dir, **options)
+    config = dict(vars(args), loss="twist", image_size=image_size(args), pictures=dataset.files,
+                  **options)
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, args.data, published="multicrop" if args.num_local else "barlow")
@@ -192,7 +192,7 @@ def main(args):
     run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, restarts=restarts)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
     health = watch_logits(model.projection_heads.last_linear, run, scaler)

@@ -235,7 +235,8 @@ class Run:
 
     def save(self):
         """Writes checkpoint.pth, and where the model has a backbone backbone.pth and its description."""
-        from data import input_of                        # not above, because data.py imports this module
+        # not above, because data.py imports this module
+        from data import input_of
 
         rng = [rng_state(self.device)] * self.world_size
         if self.world_size > 1:

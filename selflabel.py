@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, build_ours, load_trained, refuse_classless
-from data import Batches, build_dataset, input_of, num_workers, own_group
+from checkpoint import UserError, build_ours, load_trained
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
@@ -45,6 +45,7 @@ def get_parser():
         help="pixels of a global crop; 0: the size of the checkpoint")
     add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
     add("--num-local", type=at_least(0), default=0, help="local crops, besides the two global ones")
+    folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--bunch-size", type=at_least(0), default=0,
         help="images that NBS normalises together; 0: the global batch")
@@ -110,11 +111,11 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     source = load_trained(args.checkpoint)
-    refuse_classless(source["config"], args.checkpoint)
-    config = {**source["config"], **vars(args)}          # the network keeps its shape and its input
-    for name in ("data", "image_size"):
-        config[name] = getattr(args, name) or source["config"].get(name)
-    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir)
+    size, mean, std = input_of(source["config"])         # the network keeps its input, whatever the data
+    options = folder_options(args, source["config"])
+    config = {**source["config"], **vars(args), **options, "data": args.data or source["config"]["data"],
+              "image_size": args.image_size or size, "mean": mean, "std": std}
+    dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     config["pictures"] = dataset.files
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
@@ -155,7 +156,7 @@ def main(args):
     run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, left_out=left_out)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

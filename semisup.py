@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
-from data import Batches, eval_batches, hold_out, input_of, labelled, num_workers, own_group
+from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
 from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
@@ -44,8 +44,8 @@ def get_parser():
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     group = parser.add_argument_group("data")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--data", help="fashion-mnist, fake, cifar10, cifar100, stl10, a folder or a list of labelled "
-        "pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
+        "labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add_either("--labels", help="list of the images to train on: lines CLASS_NUMBER.JPEG, CLASS/FILE or "
                "CLASS/FILE LABEL; for in-memory sets INDEX or INDEX LABEL")
@@ -54,6 +54,7 @@ def get_parser():
     add("--held-out", type=at_least(0, float, 1), default=0.0,
         help="share of the labelled images that is scored instead of the test images")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
+    folder_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), default=20, help="passes over the labelled images")
     add("--batch-size", type=at_least(1), default=256, help="images in a step, of all processes together")
@@ -202,9 +203,7 @@ def main(args):
     # ---------------------------------------------------------------- data
     backbone, source = load_network(args)
     data, (size, mean, std) = args.data or source["data"], input_of(source)
-    if data is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
-    whole, test = labelled(data, source.get("seed", 0), args.data_dir)
+    whole, test = labelled(args, source)
     indices = (read_labels(args.labels, whole) if args.labels else
                draw_labels(whole, args.label_fraction, args.seed))
     few = whole.subset(indices)
@@ -244,7 +243,7 @@ def main(args):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that dropout uses
 
     def evaluate(part):                      # classes [n, 5] of this process's images; accuracies of all [2]

@@ -22,7 +22,7 @@ ODD = {int: ("-1", "0", "17", "33", "96", "100", "513", "1.5", "x", "99999999999
        float: ("-1", "1e-12", "1.5", "3", "1e3", "1e30", "nan", "inf", "-inf", "x", "0,5")}
 SPECIAL = {                      # what depends on files, or would take long
     "data": ("fake", "fake", "fake", "nowhere", "cifar10", "{pile}", "{classes}", "{list}"),
-    "data_dir": ("datasets", "nowhere"),
+    "data_dir": ("datasets", "nowhere"), "classes": ("{text}", "nowhere.txt"),
     "resume": ("auto", "never", "nowhere.pth", "{network}", "{text}"),
     "checkpoint": ("{network}", "{network}", "{network}", "{vit}", "{bare}", "{text}", "nowhere.pth"),
     "teacher": ("{network}", "{network}", "{network}", "{vit}", "{bare}", "{text}", "nowhere.pth"),

@@ -241,7 +241,7 @@ def test_too_little_memory(tried, tmp_path):
 
 
 def test_control_c_before_a_run_can_save(tmp_path, monkeypatch):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
     monkeypatch.setattr(pretrain, "build_dataset", interrupted)
     with pytest.raises(SystemExit) as stop:

@@ -523,8 +523,8 @@ def test_batch_size_changes_nothing(start, tmp_path):
 
 
 def test_without_labels_nothing_is_scored(start, tmp_path, monkeypatch):
-    def unlabelled(*args):
-        dataset = build_dataset(*args)
+    def unlabelled(*args, **options):
+        dataset = build_dataset(*args, **options)
         dataset.labels = None
         return dataset
     monkeypatch.setattr(cluster_eval, "build_dataset", unlabelled)

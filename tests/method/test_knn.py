@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from processes import metrics_of
 
-import knn
+import data
 from checkpoint import load_pretrained, save_checkpoint
 from data import build_dataset, eval_batches
 from knn import extract_features, knn_accuracy, knn_images, knn_predict, nearest_neighbours, vote
@@ -104,11 +104,11 @@ def test_extract_features(training):
 
 # ---------------------------------------------------------------- the command
 def test_command(here, network, tmp_path, monkeypatch):
-    def shuffled(*args):         # labels that no feature tells, so that no accuracy is 1
-        dataset = build_dataset(*args)
+    def shuffled(*args, **options):          # labels that no feature tells, so that no accuracy is 1
+        dataset = build_dataset(*args, **options)
         dataset.labels = torch.randint(0, 10, (len(dataset),), generator=torch.Generator().manual_seed(0))
         return dataset
-    monkeypatch.setattr(knn, "build_dataset", shuffled)
+    monkeypatch.setattr(data, "build_dataset", shuffled)
     out, _ = here(f"knn.py --checkpoint {network} --output_dir {tmp_path} --k 200 1 --device cpu")
     metrics = metrics_of(tmp_path)
     backbone, config = load_pretrained(network)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import data
 import model
 from run import parse_args
@@ -29,7 +30,8 @@ LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
-ALSO = {"data.py": {"PIL"}, "pictures.py": {"PIL", "matplotlib"}}      # PIL comes with torchvision
+ALSO = {"data.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"}}
+# PIL comes with torchvision, the others are optional
 
 
 def parser_of(script):
@@ -102,9 +104,12 @@ def sources_that_read(script):
     """Of the stage, and of what it gives its flags to."""
     texts = [SOURCES[script]]
     for called, reader in (("Run(", SOURCES["run.py"]), ("input_of(", inspect.getsource(data.input_of)),
+                           ("labelled(", inspect.getsource(data.labelled)),
+                           ("folder_flags(", inspect.getsource(data.folder_options)),
                            ("build_network(", inspect.getsource(model)),
                            ("Restarts(", SOURCES["restarts.py"]),
-                           ("network_flags(", SOURCES["pretrained.py"])):
+                           ("network_flags(", SOURCES["pretrained.py"]),
+                           ("load_init(", inspect.getsource(checkpoint.load_init))):
         texts += [reader] * (called in SOURCES[script])
     return "\n".join(texts)
 
