@@ -140,7 +140,7 @@ def is_ours(content):
         return False
     values = []
     for value in config.values():
-        values += value if isinstance(value, list) else [value]
+        values += value if isinstance(value, list | tuple) else [value]
     return all(value is None or isinstance(value, (str, int, float)) for value in values)
 
 
@@ -263,9 +263,9 @@ def read_published(content, path):
     Its `args` are not read: sizes and arch stand in the tensors, the input is ImageNet's at 224 pixels.
     Raises UserError if the backbone is none of ARCHS.
     """
-    networks = {}
+    networks, is_candidate = {}, isinstance(content, dict) and "config" not in content
     for name in ("model", "teacher"):
-        found = content.get(name) if isinstance(content, dict) else None
+        found = content.get(name) if is_candidate else None
         if isinstance(found, dict):
             networks[name] = {_renamed(str(key)): value for key, value in found.items()}
     hidden = networks.get("model", {}).get("projection_heads.projection_head.0.bias")
@@ -317,7 +317,12 @@ def read_description(path):
                  "image_size": type(about["image_size"]) is int and 0 < about["image_size"] < 2 ** 16,
                  "mean": _are_numbers(about["mean"], -math.inf), "std": _are_numbers(about["std"], 0),
                  "data": isinstance(about["data"], str | None),
-                 "seed": type(about["seed"]) is int and 0 <= about["seed"] < 2 ** 48}
+                 "seed": type(about["seed"]) is int and 0 <= about["seed"] < 2 ** 48,
+                 "val_share": about["val_share"] is None or 0 <= about["val_share"] < 1,
+                 "group_names": isinstance(about["group_names"], bool | None),
+                 "classes": isinstance(about["classes"], list | None)}
+        if kinds["classes"] and not all(isinstance(name, str) for name in about["classes"] or ()):
+            kinds["classes"] = False
         wrong = [name for name, right in kinds.items() if not right]
         if wrong:
             raise ValueError(f"{wrong[0]} is {printable(repr(about[wrong[0]]))[:40]}")

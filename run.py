@@ -247,7 +247,8 @@ class Run:
         if "teacher" in self.parts:
             backbones["backbone_student"] = self.parts["model"].backbone
         for name, backbone in backbones.items():         # the description first, so that it is never missing
-            write_atomically(self.out / f"{name}.json", description(self.config, *input_of(self.config)))
+            if "arch" in self.config:
+                write_atomically(self.out / f"{name}.json", description(self.config, *input_of(self.config)))
             write_atomically(self.out / f"{name}.pth", backbone.state_dict())
         state = dict(step=self.step + 1, epoch=(self.step + 1) // self.steps_per_epoch, stage=self.stage,
                      rng=rng, config=self.config)
