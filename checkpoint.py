@@ -276,8 +276,9 @@ def read_published(content, path):
               "nbs": "projection_heads.norm.running_var" in networks["model"], "small_images": False,
               "data": None, "seed": 0, "image_size": 224, "mean": None, "std": None,
               "input_from": "ImageNet's, as in TWIST's released code"}
+    vit = "backbone.cls_token" in networks["model"]
     with torch.device("meta"):                              # no memory: each arch is tried
-        for arch in ARCHS:
+        for arch in [arch for arch in ARCHS if arch.startswith("vit") == vit]:
             if not differences(build_network(config | {"arch": arch}).state_dict(), networks["model"]):
                 say_once(f"{path}: a checkpoint of TWIST's released code; {arch}, {last.numel()} classes")
                 prefix = "module." * all(str(key).startswith("module.") for key in content["model"])
