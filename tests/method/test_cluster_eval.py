@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -287,7 +288,7 @@ def test_command_with_predictions(here, tmp_path):
     assert metrics["acc"] == np.mean(predictions == 10 * labels) and metrics["class_names"] == list("abcde")
     classes = {row["cluster"]: row["class"] for row in metrics["clusters"]}
     assert classes == {0: "a", 10: "b", 20: "c", 30: "d", 40: "e"}
-    assert "30 predictions (10.0%) are negative" in out and "cluster 40 → e   purity" in out
+    assert "30 predictions (10.0%) are negative" in out and re.search("cluster 40: .. % e, .. images", out)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["confusion_matrix.png", "metrics.json"]
 
@@ -305,52 +306,66 @@ def test_describe_clusters():
     assert rows == [{"cluster": 3, "size": 4, "class": "dog", "majority": "dog", "purity": 0.75},
                     {"cluster": 0, "size": 1, "class": "cat", "majority": "cat", "purity": 1.0},
                     {"cluster": 1, "size": 1, "class": NAMES[2], "majority": NAMES[2], "purity": 1.0}]
-    assert caption(rows[0]) == "cluster 3 → dog   purity 75%   4 images"
-    assert caption(rows[0] | {"class": None}) == "cluster 3 → unmatched   purity 75% (mostly dog)   4 images"
+    assert caption(rows[0]) == "cluster 3: 75 % dog, 4 images"
+    assert caption(rows[0] | {"class": "cat"}) == "cluster 3: 75 % dog (matched to cat), 4 images"
+    assert caption(rows[0] | {"class": None}) == "cluster 3: 75 % dog (unmatched), 4 images"
     assert NAMES[2] in caption(rows[2])                                                  # names are whole
-    assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3   4 images"          # without labels
+    assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3: 4 images"           # without labels
     mapped = describe_clusters(PREDICTIONS, None, MAPPING, NAMES)                        # mapped elsewhere
-    assert caption(mapped[0]) == "cluster 3 → dog   4 images"
+    assert caption(mapped[0]) == "cluster 3: matched to dog, 4 images"
+    assert caption(mapped[0] | {"class": None}) == "cluster 3: unmatched, 4 images"
     assert [row["size"] for row in describe_clusters(np.array([-1, 2, 2, -1, 0]))] == [2, 1]     # -1: in none
 
 
 def test_confusion_matrix():
     matched = confusion_matrix(LABELS, np.array(MAPPING)[PREDICTIONS], 3)
-    assert matched.tolist() == [[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]     # each row by its own sum
+    assert matched.tolist() == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]     # each row by its own sum
     unmatched = confusion_matrix(LABELS, np.array([0, -1, 0, 1])[PREDICTIONS], 4)
-    assert unmatched.shape == (4, 5) and unmatched[2].tolist() == [0, 0, 0, 0, 1]
+    assert unmatched.shape == (4, 5) and unmatched[2].tolist() == [0, 0, 0, 0, 100]
     assert unmatched[3].sum() == 0                                       # a class without images
 
 
 def test_assignments(tmp_path):
-    write_assignments(tmp_path / "a.csv", PROBABILITIES, LABELS, [0, -1, -1, 1], NAMES)
+    confidences = PROBABILITIES.max(1)
+    write_assignments(tmp_path / "a.csv", PREDICTIONS, confidences, LABELS, [0, -1, -1, 1], NAMES)
     rows = list(csv.DictReader(open(tmp_path / "a.csv", newline="")))
     assert len(rows) == 6 and rows[1] == {
         "index": "1", "prediction": "3", "probability": "0.680000", "mapped_label": "1", "mapped_name": "dog",
         "label": "0", "label_name": "cat"}
     assert rows[5]["mapped_label"] == "-1" and rows[5]["mapped_name"] == "unmatched"
-    write_assignments(tmp_path / "b.csv", PROBABILITIES)                 # without labels
+    write_assignments(tmp_path / "b.csv", PREDICTIONS, confidences)      # without labels
     assert (tmp_path / "b.csv").read_text().startswith("index,prediction,probability\n0,0,0.700000\n")
 
 
 @pytest.mark.parametrize("channels, num_clusters", [(1, 2), (3, 10), (1, 60)])
-def test_contact_sheet_shows_the_most_confident(tmp_path, monkeypatch, channels, num_clusters):
+def test_contact_sheet_shows_confident_and_random_images(tmp_path, monkeypatch, channels, num_clusters):
+    """Of five the three most confident, then two of the rest; red frames tell the images of other classes."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
     rng = np.random.default_rng(0)
-    predictions, confidences = np.arange(240) % num_clusters, rng.random(240)
+    predictions, confidences, labels = np.arange(240) % num_clusters, rng.random(240), rng.integers(0, 3, 240)
     images = torch.arange(240, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, 8, 8)
-    clusters, path = describe_clusters(predictions), tmp_path / "sheet.png"
-    draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=5)
-    axes = drawn[0].axes
-    assert len(axes) == num_clusters
-    for ax, row in zip(axes, clusters, strict=True):
+    clusters, path = describe_clusters(predictions, labels, None, NAMES), tmp_path / "sheet.png"
+    for seed in (1, 1, 2):
+        draw_contact_sheet(path, images, predictions, confidences, clusters, 5, "data; run", labels, seed)
+    strips = [[ax.images[0].get_array() for ax in figure.axes] for figure in drawn]
+    random = []
+    for ax, row, strip, same, other in zip(drawn[0].axes, clusters, *strips, strict=True):
         members = np.flatnonzero(predictions == row["cluster"])
-        best = members[confidences[members].argsort()[::-1]][:5]
-        strip = ax.images[0].get_array()
-        assert strip.shape == (8, 44, 3) and strip[0, ::9, 0].tolist() == [*best, *[255] * (5 - len(best))]
-        assert ax.get_title(loc="left") == caption(row)
+        best = members[confidences[members].argsort()[::-1]]
+        centres = [5, 16, 27, 42, 53]                        # of each image, in a strip of 10 x 58 pixels
+        shown = [int(strip[5, x, 2]) for x in centres[:len(members)]]
+        assert strip.shape == (10, 58, 3) and ax.get_title(loc="left") == caption(row)
+        assert shown[:3] == best[:3].tolist() and set(shown[3:]) <= set(best[3:].tolist())
+        assert len(set(shown)) == len(shown) == min(5, len(members)) and np.array_equal(strip, same)
+        random.append(np.array_equal(np.sort(strip[5, :, 2]), np.sort(other[5, :, 2])))
+        framed = [strip[0, x].tolist() == [220, 0, 0] for x in centres[:len(members)]]
+        assert framed == [NAMES[labels[i]] != row["majority"] for i in shown]
+    assert all(random) == (num_clusters == 60)                      # of four images all are shown
+    assert drawn[0].get_suptitle().startswith("data; run\nof each cluster: the most confident images")
+    draw_contact_sheet(path, images, predictions, confidences, clusters)
+    assert all((ax.images[0].get_array()[0] == 255).all() for ax in drawn[-1].axes)         # without labels
 
 
 def test_captions_do_not_overlap(tmp_path, monkeypatch):
