@@ -1,13 +1,16 @@
 """embed.py writes the features of any backbone, with what is known of each image, and draws what it says."""
 
 import csv
+import re
+import runpy
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import metrics_of
+from processes import ROOT, metrics_of, saved_network
 from sklearn.decomposition import PCA
 
 from checkpoint import load_twist
@@ -151,3 +154,39 @@ def test_neighbours_are_beside_their_query(monkeypatch):
     assert texts == ["odd\nquery", "odd\n0.900", "odd\n0.800", "even\nquery", "odd\n1.000", "even\n0.700"]
     red = [axes.spines["top"].get_edgecolor() == (1, 0, 0, 1) for axes in figure.axes]
     assert red == [False, False, False, False, True, False]
+
+
+# ---------------------------------------------------------------- what docs/evaluation.md offers to copy
+@pytest.fixture
+def snippet(tmp_path, monkeypatch):
+    """snippet("attention.py", "argument") runs that block of the page in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, argument):
+        page = (ROOT / "docs/evaluation.md").read_text()
+        code, = re.findall(rf"```python\n(# {name}\n.*?)```", page, re.DOTALL)
+        (tmp_path / name).write_text(code)
+        monkeypatch.setattr(sys, "argv", [name, str(argument)])
+        runpy.run_path(str(tmp_path / name))
+    return run
+
+
+def test_attention_maps_of_a_vit(snippet, tmp_path):
+    flags = "--data fake --arch vit_t --image-size 48"
+    snippet("attention.py", saved_network(tmp_path / "vit.pth", flags))
+    with Image.open(tmp_path / "attention.png") as image:
+        rows = np.asarray(image)
+    assert rows.shape == (2 * 50 + 2, 8 * 50 + 2, 3)           # eight images, their maps beneath them
+    first = rows[52:100, 2:50, 0]
+    assert len(np.unique(first)) > 2 and (first.reshape(3, 16, 3, 16) == first[::16, None, ::16, None]).all()
+
+
+def test_the_log_in_tensorboard(snippet, tmp_path, monkeypatch):
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda *entry: written.append(entry), close=lambda: None)
+    package = types.SimpleNamespace(SummaryWriter=lambda folder: writer)          # it need not be installed
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    lines = ['{"config": {}}', '{"step": 2, "loss": 0.5}', '{"step": 2, "status": "done"}']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    snippet("to_tensorboard.py", tmp_path)
+    assert written == [("step", 2, 2), ("loss", 0.5, 2)]
