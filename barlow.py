@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
-from knn import knn_accuracy, knn_images
+from knn import knn_images, scores_to_watch
 from loss import barlow_twins_terms
 from model import ARCHS, build_network, watch_logits, zero_init_residual
 from optim import LARS, cosine, param_groups, warmup_cosine
@@ -188,14 +188,14 @@ def main(args):
         if run.logging:
             entry = describe(loss, health, args.hidden_dim)
             if watched and run.epoch_ends and run.epoch % args.knn_every == 0:
-                entry["knn_monitor"] = knn_accuracy(run.backbone, *watched, config, device)
-                run.say(f"epoch {run.epoch}: 20-NN accuracy {entry['knn_monitor']:.4f} (uses labels: "
-                        "to watch, not to choose by)")
+                entry |= scores_to_watch(model, *watched, config, device)
+                run.say("epoch {0}: 20-NN accuracy {knn_monitor:.4f} "
+                        "(labels: to watch, not to choose by)".format(run.epoch, **entry))
             run.log(LINE, **entry, lr=lr)
+            if run.epoch_ends:
+                draw_curves(run, config)
 
     # ---------------------------------------------------------------- save
-    if rank == 0:
-        draw_curves(run.out / "curves.png", run.entries(), config)
     run.done(files=["curves.png"])
 
 

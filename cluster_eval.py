@@ -2,9 +2,11 @@
 
     python cluster_eval.py --checkpoint weights/fashion-mnist.pth        on the GPU if there is one, else CPU
     python cluster_eval.py --checkpoint runs/pretrain/checkpoint.pth --data my/pictures --device cpu
+    python cluster_eval.py --checkpoint resnet50.pth --arch resnet50 --kmeans 1000 --data IMAGENET
     python cluster_eval.py --predictions FILE        scores a .csv or .npz of any other program
 
 The cluster of an image is the argmax of softmax(logits); batch norms and NBS use their running statistics.
+With --kmeans it is the nearest of K centres of backbone features, for networks without classes of their own.
 ACC first matches clusters to classes one to one (Hungarian algorithm); NMI, AMI, ARI and FMI need no match.
 Labels are used for the scores only. Without labels there are clusters, assignments and pictures, no scores.
 The first command takes about 20 seconds of one CPU core: ACC 0.734, NMI 0.673, AMI 0.673, ARI 0.585.
@@ -18,28 +20,33 @@ import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
-from scipy.special import gammaln
 
-from checkpoint import UserError, load_twist, write_atomically
+from checkpoint import UserError, load_twist, read_file, write_atomically
+from clusters import cluster_features, expected_mutual_information, silhouette
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from model import reestimate_batch_norms
 from pictures import PER_SHEET, caption, draw_clusters
-from predictions import describe_clusters, read_mapping, read_predictions, write_assignments
+from predictions import describe_clusters, name_classes, name_clusters, read_predictions, write_assignments
+from pretrained import choose_input, load_network, network_flags
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("what is scored: --checkpoint or --predictions").add_argument
-    add("--checkpoint", help="checkpoint.pth of pretrain.py or selflabel.py")
-    add("--key", choices=("teacher", "student"), help="network of a run with --ema; without it the teacher")
+    network_flags(parser, required=False)
+    add = parser.add_argument_group("clusters, or --predictions, and data").add_argument
     add("--predictions", help=".csv or .npz with labels and predictions, of any program")
+    add("--kmeans", type=at_least(0), default=0, metavar="K",
+        help="K clusters of the backbone's features, fitted on training images; 0: the network's own")
+    add("--kmeans-starts", type=at_least(1), default=10, help="starts of k-means; the tightest clusters win")
     add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--split", default="test", choices=("train", "test"), help="part to score; of a folder, test is val")
     folder_flags(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--map-from", help="metrics.json of a labelled split: use its mapping of clusters to classes")
+    add("--class-names", metavar="FILE", help="names of the classes, one a line, by class number; imagenet: "
+        "those of its 1,000 classes")
     add("--silhouette", action="store_true", help="of the clusters, by cosine distance of backbone features")
     add("--bn-images", type=at_least(2), default=0, metavar="N",
         help="take batch-norm statistics from N training images; without it those of the checkpoint")
@@ -68,34 +75,6 @@ def check_ids(name, ids):
     if ids.min() < 0:
         raise ValueError(f"{name}: expected ids from 0, got {ids.min()}")
     return ids.astype(np.int64)
-
-
-def expected_mutual_information(a, b):
-    """Mean mutual information, in nats, of random partitions with part sizes a and b (Vinh et al. 2010).
-
-    The overlap n of parts of sizes a_i and b_j is hypergeometric, so its term depends on these two only and
-    is computed once for each pair of distinct sizes: N images have fewer than sqrt(2 N) of them.
-    """
-    N = a.sum()
-    log_factorial = gammaln(np.arange(N + 1) + 1.0)
-    b, b_times = np.unique(b, return_counts=True)
-    total = 0.0
-    for a_i, a_times in zip(*np.unique(a, return_counts=True), strict=True):
-        # More than 10 sqrt(mean) below the mean, or 10 sqrt(mean) + 34 above it, lies less than exp(-49) of
-        # the probability (Chernoff's bound). Leaving that tail out makes large parts cheap.
-        mean = a_i * b / N
-        low, high = mean - 10 * np.sqrt(mean), mean + 10 * np.sqrt(mean) + 34
-        first = np.maximum(np.maximum(1, a_i + b - N), low.astype(np.int64))
-        last = np.minimum(np.minimum(a_i, b), high.astype(np.int64))
-        count = last - first + 1
-        j = np.repeat(np.arange(len(b)), count)                           # the part b_j of each term
-        n = np.arange(len(j)) + (first + count - np.cumsum(count))[j]     # first..last, for each j in turn
-        b_j = b[j]
-        log_p = (log_factorial[a_i] + log_factorial[N - a_i] - log_factorial[N]
-                 + log_factorial[b_j] + log_factorial[N - b_j] - log_factorial[n]
-                 - log_factorial[a_i - n] - log_factorial[b_j - n] - log_factorial[N - a_i - b_j + n])
-        total += a_times * np.sum(b_times[j] * np.exp(log_p) * n / N * np.log(N * n / (a_i * b_j)))
-    return total
 
 
 def partition_scores(counts):
@@ -206,45 +185,37 @@ def evaluate_with_noise(labels, predictions, probabilities=None):
                      "num_clusters_used": known["num_clusters_used"], "mapping": known["mapping"]}
 
 
-def silhouette(features, predictions, chunk=4096):
-    """Mean silhouette of clusters [N] by the cosine distance of features [N, D] (Rousseeuw 1987).
-
-    For each image (b - a) / max(a, b): a is its mean distance to the others of its cluster, b that to the
-    nearest other cluster; 0 for one alone. As 1 - x·y is linear in y, sums over clusters replace all N x N
-    distances. None if there are fewer than two clusters, or as many as images.
-    """
-    _, ids, sizes = np.unique(predictions, return_inverse=True, return_counts=True)
-    K, N = len(sizes), len(ids)
-    if not 2 <= K < N:
-        return None
-    x = torch.nn.functional.normalize(torch.as_tensor(features).double(), dim=1)
-    ids, sizes = torch.from_numpy(ids), torch.from_numpy(sizes)
-    sums = x.new_zeros(K, x.shape[1]).index_add_(0, ids, x)
-    total = 0.0
-    for i in range(0, N, chunk):
-        part, own = x[i:i + chunk], ids[i:i + chunk, None]
-        distance = sizes - part @ sums.T                                          # [B, K], sums over clusters
-        itself = 1 - (part * part).sum(1, keepdim=True)                           # 0, but for a zero feature
-        a = (distance.gather(1, own) - itself) / (sizes[own] - 1)
-        b = (distance / sizes).scatter(1, own, torch.inf).amin(1, keepdim=True)
-        total += ((b - a) / torch.maximum(a, b)).where(sizes[own] > 1, 0).nan_to_num(0).sum().item()
-    return total / N
-
-
 # ---------------------------------------------------------------- clusters of a network
+def load_clusters(args):
+    """(network, configuration): a Twist, or with --kmeans a backbone; see pretrained.load_network."""
+    if args.kmeans:
+        if args.map_from:
+            raise UserError("--map-from: not with --kmeans, which numbers its clusters anew")
+        return load_network(args)
+    try:
+        network, config = load_twist(args.checkpoint, args.key)
+    except UserError as error:
+        read_file(args.checkpoint)           # a file that cannot be read has no features either
+        raise UserError(f"{error}; --kmeans K clusters the features of a network without classes") from None
+    return network, choose_input(config, args)
+
+
 @torch.inference_mode()
 def predict(network, batches):
-    """Features [N, feature_dim] and probabilities softmax(logits) [N, K] of a Twist, float32.
+    """Features [N, feature_dim] and probabilities softmax(logits) [N, K], float32; None of a bare backbone.
 
-    batches: of inputs [B, 3, H, W], see data.eval_batches. The network is put into evaluation mode.
+    network: a Twist or a backbone, which is put into evaluation mode; batches: of inputs [B, 3, H, W], see
+    data.eval_batches.
     """
     network.eval()
+    heads = getattr(network, "projection_heads", None)
     features, probabilities = [], []
     for x in batches:
-        y = network.backbone(x)
+        y = network(x) if heads is None else network.backbone(x)
         features.append(y.float().cpu())
-        probabilities.append(network.projection_heads(y).softmax(-1).float().cpu())
-    return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
+        if heads is not None:
+            probabilities.append(heads(y).softmax(-1).float().cpu())
+    return torch.cat(features).numpy(), torch.cat(probabilities).numpy() if probabilities else None
 
 
 def estimate_batch_norms(network, train, config, args):
@@ -257,34 +228,50 @@ def estimate_batch_norms(network, train, config, args):
     return len(train.readable())
 
 
+def print_report(scored, remarks, clusters):
+    for name, scores in scored.items():
+        print("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one {acc_majority:.4f})"
+              "   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}".format(name, **scores))
+    for line in [*remarks, *map(caption, clusters[:PER_SHEET])]:
+        print(f"  {line}")
+    if len(clusters) > PER_SHEET:
+        print(f"  and {len(clusters) - PER_SHEET} smaller ones, see metrics.json")
+
+
 def main(args):
     # ---------------------------------------------------------------- data
     if (args.checkpoint is None) == (args.predictions is None):
         raise UserError("--checkpoint or --predictions: one of the two is needed")
-    dataset, mapping, scored, seed = None, None, {}, 0
+    dataset, mapping, scored, seed, run = None, None, {}, 0, args.checkpoint
     if args.predictions:
-        for flag in ("key", "data", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
+        for flag in ("key", "arch", "data", "kmeans", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
             if getattr(args, flag):
                 raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
         title, split, part = args.predictions, "predicted", "predicted images"
         labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
-        num_clusters = len(cluster_names)
+        class_names, num_clusters = name_classes(args.class_names, class_names), len(cluster_names)
         scored["predictions"] = evaluate_with_noise(labels, predictions, probabilities)
     else:
-        network, config = load_twist(args.checkpoint, args.key)
+        network, config = load_clusters(args)
         title, split, seed, remarks = args.data or config["data"], args.split, config["seed"], []
-        dataset = build_dataset(title, split, seed, args.data_dir, **folder_options(args, config))
-        part, class_names = dataset.part, dataset.class_names if dataset.labels is not None else None
-        num_clusters, cluster_names = config["num_classes"], range(config["num_classes"])
+        if title is None:
+            raise UserError(f"--data: {run} does not say on what it was trained; name the data")
+        options = folder_options(args, config)
+        dataset = build_dataset(title, split, seed, args.data_dir, **options)
+        num_clusters = args.kmeans or config["num_classes"]
+        part, cluster_names = dataset.part, range(num_clusters)
+        class_names = dataset.class_names if dataset.labels is not None else None
+        mapping, class_names = name_clusters(args.map_from, args.class_names, num_clusters, class_names)
         if args.map_from:
-            mapping, class_names = read_mapping(args.map_from, num_clusters, class_names)
             remarks.append(f"clusters are named by the mapping of {args.map_from}")
-        if args.bn_images:
-            train = build_dataset(title, "train", seed, args.data_dir, **folder_options(args, config))
+        if args.bn_images or args.kmeans:
+            train = build_dataset(title, "train", seed, args.data_dir, **options)
+            if args.kmeans > len(train):
+                raise UserError(f"--kmeans {args.kmeans}: there are only {len(train):,} {train.part}")
         if args.pixel_kmeans and dataset.images is None:
             raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
     out = make_evaluation_folder(args.output_dir)
-    metrics = {"checkpoint": args.checkpoint, "predictions": args.predictions, "data": title, "split": split,
+    metrics = {"checkpoint": run, "predictions": args.predictions, "data": title, "split": split,
                "num_images": len(labels if dataset is None else dataset), "num_clusters": num_clusters}
 
     # ---------------------------------------------------------------- network
@@ -293,11 +280,22 @@ def main(args):
         if args.bn_images:
             count = estimate_batch_norms(network, train, config, args)
             remarks.append(f"batch-norm statistics are those of {count:,} training images")
-        batches = eval_batches(dataset, config, args.device, args.batch_size, args.workers)
-        features, probabilities = predict(network, batches)                       # [N, feature_dim], [N, K]
-        if not np.isfinite(probabilities).all():
-            raise UserError(f"{args.checkpoint}: the network's output is not finite; take an earlier one")
-        predictions = probabilities.argmax(1)
+        features, probabilities = predict(network, eval_batches(      # [N, feature_dim], [N, K]
+            dataset, config, args.device, args.batch_size, args.workers))
+        if not np.isfinite(features if args.kmeans else probabilities).all():
+            raise UserError(f"{run}: the network's output is not finite; take an earlier one")
+        if args.kmeans:
+            fitted = features
+            if part not in ("training images", "images"):
+                fitted, _ = predict(network, eval_batches(train, config, args.device, args.batch_size,
+                                                          args.workers))
+            predictions, confidences, inertia = cluster_features(
+                fitted, features, args.kmeans, args.kmeans_starts, seed, args.device)
+            metrics["kmeans"] = {"num_train": len(fitted), "starts": args.kmeans_starts, "inertia": inertia}
+            run += f", k-means with K = {num_clusters}"
+            remarks.append(f"k-means on the features of {len(fitted):,} {train.part}, inertia {inertia:.2f}")
+        else:
+            predictions, confidences = probabilities.argmax(1), probabilities.max(1)
         kept = dataset.readable()
         labels = None if kept.labels is None else kept.labels.numpy()
         metrics |= {"num_images": len(kept), "num_broken": len(dataset) - len(kept)}
@@ -322,24 +320,22 @@ def main(args):
     clusters = describe_clusters(predictions, labels, mapping, class_names)
     named = [row | {"cluster": cluster_names[row["cluster"]]} for row in clusters]         # ids of the file
     print(f"{title}: {len(predictions):,} {part}, {len(clusters)} of {num_clusters} clusters in use")
-    for name, scores in scored.items():
-        print("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one {acc_majority:.4f})"
-              "   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}".format(name, **scores))
-    for line in [*remarks, *map(caption, named[:PER_SHEET])]:
-        print(f"  {line}")
-    if len(named) > PER_SHEET:
-        print(f"  and {len(named) - PER_SHEET} smaller ones, see metrics.json")
+    print_report(scored, remarks, named)
 
     # ---------------------------------------------------------------- save
     for old in ("metrics.json", "assignments.csv", "contact_sheet*.png", "confusion_matrix.png", "top3.png"):
         for path in out.glob(old):               # of an earlier evaluation, which may have written more
             path.unlink()
-    images = None
-    if dataset is not None:
+    images, headline = None, f"{title}, {part}; {run}"
+    if dataset is None:
+        headline, confidences = title, None
+    else:
         images = CentreCrops(kept, 112) if kept.images is None else kept.images
-        write_assignments(out / "assignments.csv", probabilities, labels, mapping, class_names, kept.paths)
-    draw_clusters(out, clusters, predictions, labels, mapping, class_names, images, probabilities,
-                  args.images_per_cluster, args.contact_sheets, seed)
+        write_assignments(out / "assignments.csv", predictions, confidences, labels, mapping, class_names,
+                          kept.paths, "similarity" if args.kmeans else "probability")
+    headline += f": ACC {metrics['acc']:.3f}" if "acc" in metrics else ""
+    draw_clusters(out, headline, clusters, predictions, confidences, labels, mapping, class_names, images,
+                  probabilities, args.images_per_cluster, args.contact_sheets, seed)
     metrics |= {"class_names": class_names, "clusters": named,
                 "pixel_kmeans": scored.get("k-means on pixels")}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import UserError, to_stderr, write_atomically
+from cluster_eval import evaluate
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
 from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
@@ -45,7 +46,7 @@ def get_parser():
 def extract_features(backbone, batches):
     """Features [N, feature_dim], float32 on the CPU, of inputs in batches (data.eval_batches).
 
-    Computed in evaluation mode; the backbone returns to the mode that it was in.
+    Computed in evaluation mode; the backbone, or any other module, returns to the mode that it was in.
     """
     was_training = backbone.training
     backbone.eval()
@@ -128,14 +129,24 @@ def knn_images(args, dataset):
     return None if both else [train, test]
 
 
-def knn_accuracy(backbone, train, test, config, device, k=20):
-    """k-NN accuracy (0 to 1) on the images of knn_images; T = 0.07. To watch a run, not to report."""
-    features = [extract_features(backbone, eval_batches(part, config, device, workers=config["workers"]))
+def scores_to_watch(network, train, test, config, device, k=20):
+    """{knn_monitor: 0 to 1}, the k-NN accuracy on the images of knn_images, T = 0.07.
+
+    If the network has classes (projection_heads), also acc_monitor and nmi_monitor of the test images, see
+    cluster_eval.evaluate. To watch a run, not to report. The network does not change.
+    """
+    features = [extract_features(network.backbone, eval_batches(part, config, device,
+                                                                workers=config["workers"]))
                 for part in (train, test)]
     train, test = train.readable(), test.readable()
     scores = knn_predict(features[0], train.labels, features[1], min(k, len(train)), temperature=0.07,
                          num_classes=len(train.class_names))
-    return (scores.argmax(1).cpu() == test.labels).float().mean().item()
+    found = {"knn_monitor": (scores.argmax(1).cpu() == test.labels).float().mean().item()}
+    if hasattr(network, "projection_heads"):
+        logits = extract_features(network.projection_heads, features[1].to(device).split(512))
+        clusters = evaluate(test.labels.numpy(), logits.argmax(1).numpy())
+        found |= {"acc_monitor": clusters["acc"], "nmi_monitor": clusters["nmi"]}
+    return found
 
 
 def main(args):

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 
-from checkpoint import UserError, write_atomically
+from checkpoint import UserError, printable, write_atomically
 
 DIVERGED, UNREADABLE = -1, -2    # take the place of a predicted class
 
@@ -195,8 +196,47 @@ def read_mapping(path, num_clusters, class_names):
     if len(mapping) != num_clusters:
         raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
     if class_names is not None and names != class_names:
-        raise UserError(f"--map-from {path}: its classes are others than those of --data")
+        raise UserError(f"--map-from {path}: its classes are others than those of --data; is --class-names "
+                        "in one of the two commands only?")
     return mapping, names
+
+
+def name_clusters(map_from, names_file, num_clusters, class_names):
+    """(mapping of clusters to classes or None, class names or None), by --map-from and --class-names.
+
+    class_names: of the data, None without labels. Raises UserError.
+    """
+    mapping, names = None, name_classes(names_file, class_names)
+    if map_from:
+        mapping, mapped = read_mapping(map_from, num_clusters, names)
+        names = names or name_classes(names_file, mapped)
+    if names_file and names is None:
+        raise UserError("--class-names: there are no classes to name; they come from labels or --map-from")
+    return mapping, names
+
+
+def name_classes(file, names):
+    """Readable names for classes with these names, or the same if no file is given; None stays None.
+
+    file: of one name a line, by class number; or imagenet, for those that torchvision has. Raises UserError
+    for another number of names.
+    """
+    if file is None or names is None:
+        return names
+    if file == "imagenet":
+        readable = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
+    else:
+        try:
+            lines = Path(file).read_text(errors="surrogateescape").strip().split("\n")
+        except OSError as error:
+            raise UserError(f"--class-names {file}: cannot be read ({error.strerror}); it has one name a line"
+                            ) from None
+        readable = [printable(line.strip()) for line in lines]
+    if len(readable) != len(names) or "" in readable:
+        empty = f", line {readable.index('') + 1} empty" if "" in readable else ""
+        raise UserError(f"--class-names {file}: {len(readable)} names{empty}, for {len(names)} classes; it "
+                        "needs one a line, in the order of the class numbers")
+    return list(readable)
 
 
 # ---------------------------------------------------------------- of clusters, in rows
@@ -220,18 +260,19 @@ def describe_clusters(predictions, labels=None, mapping=None, class_names=None):
     return rows
 
 
-def write_assignments(path, probabilities, labels=None, mapping=None, class_names=None, files=None):
-    """Writes a CSV, a row for each image: its cluster and the probability of that; file and classes if known.
+def write_assignments(path, predictions, confidences, labels=None, mapping=None, class_names=None, files=None,
+                      confidence="probability"):
+    """Writes a CSV, a row for each image: its cluster, how sure that is, its file and classes if known.
 
-    probabilities: [N, K]; labels: [N]; mapping: the class of each cluster or -1; files: N names, bytes.
+    predictions, confidences, labels: [N]; mapping: the class of each cluster or -1; files: N names, bytes;
+    confidence: name of that column.
     """
     rows = []
-    for i, p in enumerate(probabilities):
-        k = int(p.argmax())
+    for i, k in enumerate(predictions.tolist()):
         row = {"index": i}
         if files is not None:
             row["file"] = os.fsdecode(files[i])
-        row |= {"prediction": k, "probability": f"{p[k]:.6f}"}
+        row |= {"prediction": k, confidence: f"{confidences[i]:.6f}"}
         if mapping is not None:
             row["mapped_label"] = mapping[k]
             row["mapped_name"] = class_names[mapping[k]] if mapping[k] >= 0 else "unmatched"

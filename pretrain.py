@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, load_init
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
-from knn import knn_accuracy, knn_images
+from knn import knn_images, scores_to_watch
 from loss import momentum_twist_loss, twist_loss
 from model import ARCHS, build_network, bunch_layout, watch_logits, zero_init_residual
 from optim import LARS, cosine, param_groups, warmup_cosine
@@ -107,7 +107,7 @@ def get_parser():
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
     add("--print-every", type=at_least(1), default=50, help="steps between lines of the log")
     add("--knn-every", type=at_least(0), default=1,
-        help="epochs between checks of the 20-NN accuracy, which uses labels; 0: none")
+        help="epochs between checks of 20-NN accuracy, ACC and NMI, which use labels; 0: none")
     add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
 
@@ -236,14 +236,14 @@ def main(args):
         if run.logging:
             entry = describe(loss, health, most_classes=min(args.num_classes, args.batch_size))
             if watched and run.epoch_ends and run.epoch % args.knn_every == 0:
-                entry["knn_monitor"] = knn_accuracy(run.backbone, *watched, config, device)
-                run.say(f"epoch {run.epoch}: 20-NN accuracy {entry['knn_monitor']:.4f} (uses labels: "
-                        "to watch, not to choose by)")
+                entry |= scores_to_watch(run.parts.get("teacher", model), *watched, config, device)
+                run.say("epoch {0}: 20-NN accuracy {knn_monitor:.4f}; classes: ACC {acc_monitor:.4f}, NMI "
+                        "{nmi_monitor:.4f} (labels: to watch, not to choose by)".format(run.epoch, **entry))
             run.log(LINE, **entry, lr=lr)
+            if run.epoch_ends:
+                draw_curves(run, config)
 
     # ---------------------------------------------------------------- save
-    if rank == 0:
-        draw_curves(run.out / "curves.png", run.entries(), config)
     run.done(files=["curves.png"])
 
 

@@ -13,6 +13,7 @@ from processes import OFTEN, ROOT, STAGES, begin, finish, saved_network, wait_un
 
 import barlow
 import cluster_eval
+import embed
 import pretrain
 from run import launch
 
@@ -69,6 +70,7 @@ def here(monkeypatch, capfd):
                 patch.setattr(pretrain, "draw_curves", lambda *args: None)
                 patch.setattr(barlow, "draw_curves", lambda *args: None)
                 patch.setattr(cluster_eval, "draw_clusters", lambda *args: None)
+                patch.setattr(embed, "draw_embedding", lambda *args: None)
             launch(script.main, script.get_parser(), words)
         ended = stop.value.code or 0
         del stop

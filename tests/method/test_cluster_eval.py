@@ -3,12 +3,14 @@
 import csv
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import metrics_of, run, saved_network
 from sklearn import metrics as sk
 
@@ -19,7 +21,7 @@ from cluster_eval import evaluate, evaluate_with_noise, expected_mutual_informat
 from data import build_dataset
 from model import Twist, reestimate_batch_norms
 from pictures import caption, confusion_matrix, draw_confusion_matrix, draw_contact_sheet, draw_top3
-from predictions import describe_clusters, read_predictions, write_assignments
+from predictions import describe_clusters, name_classes, read_predictions, write_assignments
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "cluster_eval.npz")
 
@@ -287,7 +289,7 @@ def test_command_with_predictions(here, tmp_path):
     assert metrics["acc"] == np.mean(predictions == 10 * labels) and metrics["class_names"] == list("abcde")
     classes = {row["cluster"]: row["class"] for row in metrics["clusters"]}
     assert classes == {0: "a", 10: "b", 20: "c", 30: "d", 40: "e"}
-    assert "30 predictions (10.0%) are negative" in out and "cluster 40 → e   purity" in out
+    assert "30 predictions (10.0%) are negative" in out and re.search("cluster 40: .. % e, .. images", out)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["confusion_matrix.png", "metrics.json"]
 
@@ -305,52 +307,66 @@ def test_describe_clusters():
     assert rows == [{"cluster": 3, "size": 4, "class": "dog", "majority": "dog", "purity": 0.75},
                     {"cluster": 0, "size": 1, "class": "cat", "majority": "cat", "purity": 1.0},
                     {"cluster": 1, "size": 1, "class": NAMES[2], "majority": NAMES[2], "purity": 1.0}]
-    assert caption(rows[0]) == "cluster 3 → dog   purity 75%   4 images"
-    assert caption(rows[0] | {"class": None}) == "cluster 3 → unmatched   purity 75% (mostly dog)   4 images"
+    assert caption(rows[0]) == "cluster 3: 75 % dog, 4 images"
+    assert caption(rows[0] | {"class": "cat"}) == "cluster 3: 75 % dog (matched to cat), 4 images"
+    assert caption(rows[0] | {"class": None}) == "cluster 3: 75 % dog (unmatched), 4 images"
     assert NAMES[2] in caption(rows[2])                                                  # names are whole
-    assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3   4 images"          # without labels
+    assert caption(describe_clusters(PREDICTIONS)[0]) == "cluster 3: 4 images"           # without labels
     mapped = describe_clusters(PREDICTIONS, None, MAPPING, NAMES)                        # mapped elsewhere
-    assert caption(mapped[0]) == "cluster 3 → dog   4 images"
+    assert caption(mapped[0]) == "cluster 3: matched to dog, 4 images"
+    assert caption(mapped[0] | {"class": None}) == "cluster 3: unmatched, 4 images"
     assert [row["size"] for row in describe_clusters(np.array([-1, 2, 2, -1, 0]))] == [2, 1]     # -1: in none
 
 
 def test_confusion_matrix():
     matched = confusion_matrix(LABELS, np.array(MAPPING)[PREDICTIONS], 3)
-    assert matched.tolist() == [[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]     # each row by its own sum
+    assert matched.tolist() == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]     # each row by its own sum
     unmatched = confusion_matrix(LABELS, np.array([0, -1, 0, 1])[PREDICTIONS], 4)
-    assert unmatched.shape == (4, 5) and unmatched[2].tolist() == [0, 0, 0, 0, 1]
+    assert unmatched.shape == (4, 5) and unmatched[2].tolist() == [0, 0, 0, 0, 100]
     assert unmatched[3].sum() == 0                                       # a class without images
 
 
 def test_assignments(tmp_path):
-    write_assignments(tmp_path / "a.csv", PROBABILITIES, LABELS, [0, -1, -1, 1], NAMES)
+    confidences = PROBABILITIES.max(1)
+    write_assignments(tmp_path / "a.csv", PREDICTIONS, confidences, LABELS, [0, -1, -1, 1], NAMES)
     rows = list(csv.DictReader(open(tmp_path / "a.csv", newline="")))
     assert len(rows) == 6 and rows[1] == {
         "index": "1", "prediction": "3", "probability": "0.680000", "mapped_label": "1", "mapped_name": "dog",
         "label": "0", "label_name": "cat"}
     assert rows[5]["mapped_label"] == "-1" and rows[5]["mapped_name"] == "unmatched"
-    write_assignments(tmp_path / "b.csv", PROBABILITIES)                 # without labels
+    write_assignments(tmp_path / "b.csv", PREDICTIONS, confidences)      # without labels
     assert (tmp_path / "b.csv").read_text().startswith("index,prediction,probability\n0,0,0.700000\n")
 
 
 @pytest.mark.parametrize("channels, num_clusters", [(1, 2), (3, 10), (1, 60)])
-def test_contact_sheet_shows_the_most_confident(tmp_path, monkeypatch, channels, num_clusters):
+def test_contact_sheet_shows_confident_and_random_images(tmp_path, monkeypatch, channels, num_clusters):
+    """Of five the three most confident, then two of the rest; red frames tell the images of other classes."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
     rng = np.random.default_rng(0)
-    predictions, confidences = np.arange(240) % num_clusters, rng.random(240)
+    predictions, confidences, labels = np.arange(240) % num_clusters, rng.random(240), rng.integers(0, 3, 240)
     images = torch.arange(240, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, 8, 8)
-    clusters, path = describe_clusters(predictions), tmp_path / "sheet.png"
-    draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=5)
-    axes = drawn[0].axes
-    assert len(axes) == num_clusters
-    for ax, row in zip(axes, clusters, strict=True):
+    clusters, path = describe_clusters(predictions, labels, None, NAMES), tmp_path / "sheet.png"
+    for seed in (1, 1, 2):
+        draw_contact_sheet(path, images, predictions, confidences, clusters, 5, "data; run", labels, seed)
+    strips = [[ax.images[0].get_array() for ax in figure.axes] for figure in drawn]
+    random = []
+    for ax, row, strip, same, other in zip(drawn[0].axes, clusters, *strips, strict=True):
         members = np.flatnonzero(predictions == row["cluster"])
-        best = members[confidences[members].argsort()[::-1]][:5]
-        strip = ax.images[0].get_array()
-        assert strip.shape == (8, 44, 3) and strip[0, ::9, 0].tolist() == [*best, *[255] * (5 - len(best))]
-        assert ax.get_title(loc="left") == caption(row)
+        best = members[confidences[members].argsort()[::-1]]
+        centres = [5, 16, 27, 42, 53]                        # of each image, in a strip of 10 x 58 pixels
+        shown = [int(strip[5, x, 2]) for x in centres[:len(members)]]
+        assert strip.shape == (10, 58, 3) and ax.get_title(loc="left") == caption(row)
+        assert shown[:3] == best[:3].tolist() and set(shown[3:]) <= set(best[3:].tolist())
+        assert len(set(shown)) == len(shown) == min(5, len(members)) and np.array_equal(strip, same)
+        random.append(np.array_equal(np.sort(strip[5, :, 2]), np.sort(other[5, :, 2])))
+        framed = [strip[0, x].tolist() == [220, 0, 0] for x in centres[:len(members)]]
+        assert framed == [NAMES[labels[i]] != row["majority"] for i in shown]
+    assert all(random) == (num_clusters == 60)                      # of four images all are shown
+    assert drawn[0].get_suptitle().startswith("data; run\nof each cluster: the most confident images")
+    draw_contact_sheet(path, images, predictions, confidences, clusters)
+    assert all((ax.images[0].get_array()[0] == 255).all() for ax in drawn[-1].axes)         # without labels
 
 
 def test_captions_do_not_overlap(tmp_path, monkeypatch):
@@ -393,6 +409,28 @@ def test_top3_names_are_whole_and_do_not_overlap(tmp_path, monkeypatch):
         assert not a.shrunk(0.99, 0.99).overlaps(b)
     whole = drawn[0].bbox
     assert all(box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 for box in boxes)
+
+
+def test_titles_name_data_run_and_accuracy(start, checkpoint, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    titles, colour_bar = {}, []
+
+    def keep(self, path, **kwargs):
+        title = self.get_suptitle() or self.axes[0].get_title()
+        titles[path.name] = title.replace("\n", " ")
+        if "matrix" in path.name:
+            colour_bar.append((self.axes[1].get_ylabel(), self.axes[1].get_ylim(),
+                               max(int(text.get_text()) for text in self.axes[0].texts)))
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    out, _ = start(pictures=True)
+    acc = re.search(r"ACC (0\.\d\d\d)", out)[1]
+    assert titles.keys() == {"confusion_matrix.png", "contact_sheet.png", "top3.png"}
+    for title in titles.values():                            # the lines of a long path are broken
+        before, _, after = title.partition(": ACC ")
+        assert before.replace(" ", "") == f"fake,testimages;{checkpoint}"
+        assert float(after[:5]) == pytest.approx(float(acc), abs=0.0011)
+    (label, limits, largest), = colour_bar                     # one unit in the cells and in the colour bar
+    assert label == "percent of the true class" and limits == (0, 100) and 10 < largest <= 100
 
 
 def test_pictures_are_written(tmp_path):
@@ -502,6 +540,45 @@ def test_map_from_another_split(start, tmp_path):
         assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+def test_new_pictures_get_the_names_of_classes(start, tmp_path):
+    """Clusters are named once, on labelled images; then any pictures are classified by these names."""
+    (tmp_path / "names.txt").write_text("".join(f"name {c}\n" for c in range(10)))
+    start(f"--class-names {tmp_path}/names.txt --output-dir {tmp_path}/labelled")
+    (tmp_path / "new").mkdir()
+    for i, image in enumerate(build_dataset("fake", "test", seed=3).images[:20]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"new/{i:02}.png")
+    source = tmp_path / "labelled/metrics.json"
+    out, _ = start(f"--data {tmp_path}/new --map-from {source} --workers 0 --bn-images 20", pictures=True)
+    mapping, rows = metrics_of(tmp_path / "labelled")["mapping"], assignments_of(tmp_path / "out")
+    assert [row["file"] for row in rows] == [f"{tmp_path}/new/{i:02}.png" for i in range(20)]
+    for row in rows:
+        c = mapping[int(row["prediction"])]
+        assert row["mapped_name"] == ("unmatched" if c < 0 else f"name {c}") and "label" not in row
+    assert len({row["mapped_name"] for row in rows}) > 2 and ": matched to name " in out
+    assert "20 images, " in out and not (tmp_path / "out/confusion_matrix.png").exists()
+    one = f"--data {tmp_path}/one.txt --workers 0"
+    (tmp_path / "one.txt").write_text("new/00.png\n")
+    start(f"--output-dir {tmp_path}/plain")
+    for file, name in (("labelled", "name"), ("plain", "class"), ("plain", "name")):
+        names = f"--class-names {tmp_path}/names.txt" if (file, name) == ("plain", "name") else ""
+        start(f"{one} {names} --map-from {tmp_path}/{file}/metrics.json")
+        assert assignments_of(tmp_path / "out")[0]["mapped_name"].startswith((f"{name} ", "unmatched"))
+
+
+def test_class_names_are_in_all_that_is_written(start, tmp_path):
+    names = ["Äpfel", "a b", "c, d", *(f"name {c}" for c in range(3, 10))]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    flags = f"--class-names {tmp_path}/names.txt"
+    out, _ = start(flags)
+    metrics, rows = metrics_of(tmp_path / "out"), assignments_of(tmp_path / "out")
+    assert metrics["class_names"] == names and {row["majority"] for row in metrics["clusters"]} <= set(names)
+    assert {row["label_name"] for row in rows} == set(names) and caption(metrics["clusters"][0]) in out
+    assert {row["mapped_name"] for row in rows} <= {*names, "unmatched"}
+    start(f"{flags} --map-from {tmp_path}/out/metrics.json --output-dir {tmp_path}/b")
+    _, err = start(f"--map-from {tmp_path}/out/metrics.json --output-dir {tmp_path}/c", code=2)
+    assert "--class-names in one of the two commands only?" in err
+
+
 def test_many_clusters_take_several_sheets(start, tmp_path, monkeypatch):
     for module in (cluster_eval, pictures):
         monkeypatch.setattr(module, "PER_SHEET", 4)
@@ -580,10 +657,42 @@ def test_bad_command_is_one_line(start, checkpoint, tmp_path, flags, named):
     assert named in err and len(err.splitlines()) == 1 and (not out.exists() or not list(out.iterdir()))
 
 
+@pytest.mark.parametrize("content, problem", [
+    ("a\nb\n", "2 names, for 10 classes"), ("a\n" * 11, "11 names, for 10"), ("", "1 names, line 1 empty"),
+    ("a\nb\n\n" + "c\n" * 7, "10 names, line 3 empty, for 10"), (None, "cannot be read (No such file")])
+def test_wrong_class_names_are_refused(start, tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "names.txt").write_text(content)
+    _, err = start(f"--class-names {tmp_path}/names.txt", code=2)
+    assert f"--class-names {tmp_path}/names.txt: {problem}" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_of_imagenet(start, tmp_path):
+    """In the order of the synsets' numbers, as their folders are sorted."""
+    names = name_classes("imagenet", [f"n{c:08}" for c in range(1000)])
+    known = {0: "tench", 207: "golden retriever", 281: "tabby", 930: "French loaf", 999: "toilet tissue"}
+    assert {c: names[c] for c in known} == known and len(set(names)) == 1000
+    assert "1000 names, for 10 classes" in start("--class-names imagenet", code=2)[1]
+    (tmp_path / "one.txt").write_text("one.png\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    _, err = start(f"--data {tmp_path}/one.txt --class-names imagenet", code=2)
+    assert "they come from labels or --map-from" in err and err.count("\n") == 1
+
+
+def test_class_names_of_predictions(here, tmp_path):
+    np.savez(tmp_path / "a.npz", labels=np.arange(30) % 3, predictions=np.arange(30) % 3)
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
+    out, _ = here(f"cluster_eval.py --predictions {tmp_path}/a.npz --class-names {tmp_path}/names.txt "
+                  f"--output-dir {tmp_path}/out")
+    assert "cluster 2: 100 % cow, 10 images" in out
+
+
 @pytest.mark.parametrize("flags, named", [
     ("", "--checkpoint or --predictions"), ("--predictions none.csv", "none.csv"),
     ("--predictions a.csv --silhouette", "--silhouette: needs a --checkpoint"),
-    ("--predictions a.csv --key student", "--key: needs a --checkpoint")])
+    ("--predictions a.csv --key student", "--key: needs a --checkpoint"),
+    ("--predictions a.csv --kmeans 3", "--kmeans: needs a --checkpoint")])
 def test_one_of_checkpoint_and_predictions_is_needed(here, tmp_path, flags, named):
     _, err = here(f"cluster_eval.py --output-dir {tmp_path}/out {flags}", code=2)
     assert named in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()

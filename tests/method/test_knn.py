@@ -1,6 +1,8 @@
 """knn.py equals a naive weighted vote for any number of images and chunks; the command does what it says."""
 
 import argparse
+import copy
+import types
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ from PIL import Image
 from processes import metrics_of
 
 import data
-from checkpoint import load_pretrained, save_checkpoint
+from checkpoint import load_pretrained, load_twist, save_checkpoint
 from data import build_dataset, eval_batches
-from knn import extract_features, knn_accuracy, knn_images, knn_predict, nearest_neighbours, vote
+from knn import extract_features, knn_images, knn_predict, nearest_neighbours, scores_to_watch, vote
 from model import build_backbone
 
 FAKE = {"data": "fake", "image_size": 0, "mean": None, "std": None}
@@ -130,8 +132,26 @@ def test_the_accuracy_to_watch_is_the_commands(here, network, tmp_path):
     backbone, config = load_pretrained(network)
     args = argparse.Namespace(**config | {"workers": 0})
     images = knn_images(args, build_dataset("fake", "pretrain"))
-    accuracy = knn_accuracy(backbone, *images, vars(args), "cpu")
-    assert accuracy == pytest.approx(metrics_of(tmp_path)["top1"]["20"]) and accuracy > 0.5
+    bare = types.SimpleNamespace(backbone=backbone)                # as a network without classes
+    found = scores_to_watch(bare, *images, vars(args), "cpu")
+    assert found == {"knn_monitor": pytest.approx(metrics_of(tmp_path)["top1"]["20"])}
+    assert found["knn_monitor"] > 0.5
+
+
+def test_the_clusters_to_watch_are_the_commands(here, network, tmp_path):
+    """Of a network that is being trained; neither it nor the random numbers notice."""
+    here(f"cluster_eval.py --checkpoint {network} --output-dir {tmp_path} --device cpu")
+    twist, config = load_twist(network)
+    twist.train()
+    args = argparse.Namespace(**config | {"workers": 0})
+    images = knn_images(args, build_dataset("fake", "pretrain"))
+    before, noise = copy.deepcopy(twist.state_dict()), torch.get_rng_state()
+    found = scores_to_watch(twist, *images, vars(args), "cpu")
+    assert all(module.training for module in twist.modules()) and noise.equal(torch.get_rng_state())
+    assert all(value.equal(before[name]) for name, value in twist.state_dict().items())
+    metrics = metrics_of(tmp_path)
+    assert found["acc_monitor"] == pytest.approx(metrics["acc"], abs=1 / 256)
+    assert found["nmi_monitor"] == pytest.approx(metrics["nmi"], abs=0.01) and found["knn_monitor"] > 0.5
 
 
 def test_nothing_is_watched_without_a_validation_split(tmp_path):

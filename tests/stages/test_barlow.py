@@ -30,6 +30,7 @@ def test_log_and_files_of_a_run(trained):
         assert e["loss"] == pytest.approx(e["invariance"] + 0.02 * e["redundancy"], rel=1e-4)
         assert e["std_col"] > 0 and e["grad"] > 0 and not {"mi", "classes", "collapsed"} & e.keys()
     assert entries[-1]["loss"] < 0.95 * entries[0]["loss"] and entries[-1]["knn_monitor"] > 0.5
+    assert "acc_monitor" not in entries[-1]                                         # there are no classes
     assert (trained / "curves.png").stat().st_size > 1000
     assert lines[-1]["status"] == "done" and metrics_of(trained) == entries[-1]
     state = torch.load(trained / "checkpoint.pth", weights_only=True)

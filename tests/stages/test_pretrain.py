@@ -36,6 +36,7 @@ def test_log_and_files_of_a_run(trained):
         assert 0 <= e["mi_ratio"] <= 1 and 1 <= e["classes"] <= 10.001
         assert e["grad"] > 0 and e["std_col"] > 0 and e["std_row"] > 0
     assert entries[-1]["loss"] < entries[0]["loss"] and entries[-1]["knn_monitor"] > 0.5
+    assert 0.1 <= entries[-1]["acc_monitor"] <= 1 and 0 < entries[-1]["nmi_monitor"] < 1
     assert lines[-1]["status"] == "done" and metrics_of(trained) == entries[-1]
     assert {path.name for path in trained.iterdir()} == {
         ".lock", "checkpoint.pth", "backbone.pth", "backbone.json",
