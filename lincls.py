@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, load_pretrained, write_atomically
 from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
-from model import ARCHS, BatchNorm
+from model import ARCHS, BatchNorm, ViT
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
 from run import DEVICES, HelpFormatter, Run, at_least, launch
@@ -115,7 +115,7 @@ def build_reader(backbone, args):
 
     A feature is [B, D], with --depths a map [B, D, h, w], see pool_depth.
     """
-    is_vit = hasattr(backbone, "features")
+    is_vit = isinstance(backbone, ViT)
     stages = [stage for stage in ("bn1", "layer1", "layer2", "layer3", "layer4") if hasattr(backbone, stage)]
     if args.mean_of_patches and not is_vit:
         raise UserError("--mean-of-patches: this backbone is not a ViT, it has no patch tokens")
