@@ -183,7 +183,8 @@ def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch
     except ValueError as error:
         raise UserError(f"{arch_flag}: {error}") from None
     place = load_backbone(backbone, path, key).place
-    config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0}
+    config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0,
+              "small_images": small_images, "input_from": f"ImageNet's, as {path} does not say"}
     return backbone, config, place
 
 
@@ -196,7 +197,7 @@ def _choose(state, key, path, flag="--key"):
     if len(networks) == 2:
         other = "student" if name == "teacher" else "teacher"
         hint = f"; {flag} {other} takes the other" if flag else ""
-        _say(f"{path}: holds a teacher (the momentum encoder) and a student; the {name} is taken{hint}")
+        say_once(f"{path}: holds a teacher (the momentum encoder) and a student; the {name} is taken{hint}")
     return "teacher" if name == "teacher" else "model"
 
 
@@ -214,7 +215,8 @@ def build_ours(config, weights, path, drop_path=0.0):
     return network
 
 
-def _say(line):
+def say_once(line):
+    """Prints a line, in the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
@@ -287,7 +289,7 @@ def load_backbone(backbone, path, key=None, partial=False):
     left_over = [name for name in tensors if name not in used]
     missing = [name for name in expected if name not in best.names]
     report = Loaded(best.prefix, [place.prefix for place in others], len(used), left_over, missing, verified)
-    _say(describe(report, path))
+    say_once(describe(report, path))
     return report
 
 

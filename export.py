@@ -17,22 +17,14 @@ import pickle
 import re
 from pathlib import Path
 
-from checkpoint import UserError, load_pretrained, write_atomically
-from data import input_of
-from model import ARCHS
+from checkpoint import UserError, write_atomically
+from pretrained import load_network, network_flags
 from run import HelpFormatter, launch
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("network").add_argument
-    add("--checkpoint", required=True,
-        help="checkpoint of a run; with --arch also a file of weights from another project")
-    add("--arch", choices=ARCHS, help="backbone in a file that is not a checkpoint of this project")
-    add("--small-images", action="store_true",
-        help="the --arch has a ResNet stem for images of 32 pixels: 3×3, stride 1, no max-pool")
-    add("--key", help="network of a run with --ema: teacher, the default, or student; in a file of another "
-        "project: the name that the network stands under")
+    network_flags(parser)
     add = parser.add_argument_group("file").add_argument
     add("--format", required=True, choices=("torchvision", "timm", "detectron2"),
         help="project whose names the tensors get")
@@ -55,7 +47,7 @@ def main(args):
         raise UserError(f"--output {output}: exists already; choose another name or remove it")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
+    backbone, config = load_network(args)
     arch, state = config["arch"], dict(backbone.state_dict())
     own_format = "timm" if arch.startswith("vit") else "torchvision"
     if not arch.startswith("resnet") and args.format != own_format:      # timm's MobileNet has other names
@@ -71,9 +63,8 @@ def main(args):
         content = {"model": arrays, "__author__": "TWIST", "matching_heuristics": True}
         state = pickle.dumps(content, protocol=4)
     write_atomically(output, state)
-    size, mean, std = input_of(config)
-    print(f"written: {output}, {arch} in {args.format}'s names. It takes {size} × {size} pixels from 0 to 1, "
-          f"minus {mean}, divided by {std}")
+    print(f"written: {output}, {arch} in {args.format}'s names. The pixels of its input are from 0 to 1, "
+          "minus the mean, divided by std")
 
 
 if __name__ == "__main__":

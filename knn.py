@@ -15,20 +15,16 @@ import json
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, load_pretrained, to_stderr, write_atomically
+from checkpoint import UserError, to_stderr, write_atomically
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
-from model import ARCHS
+from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("network and data").add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
-    add("--arch", choices=ARCHS, help="backbone of a file that is no checkpoint of a run")
-    add("--small-images", action="store_true",
-        help="with --arch: ResNet stem for images of 32 pixels, 3×3, stride 1, no max-pool")
+    network_flags(parser)
+    add = parser.add_argument_group("data").add_argument
     add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     folder_flags(parser)
@@ -144,7 +140,7 @@ def knn_accuracy(backbone, train, test, config, device, k=20):
 
 def main(args):
     # ---------------------------------------------------------------- model
-    backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
+    backbone, config = load_network(args)
     backbone.to(args.device)
 
     # ---------------------------------------------------------------- data

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, load_pretrained, write_atomically
+from checkpoint import UserError, write_atomically
 from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
-from model import ARCHS, BatchNorm, ViT
+from model import BatchNorm, ViT
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
+from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, Run, at_least, launch
 from views import Views
 
@@ -40,11 +41,8 @@ DEPTHS = ((112, 10, 10, 4, 12), (56, 16, 8, 0, 6), (28, 13, 5, 0, 4), (14, 8, 3,
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    network_flags(parser)
     add = parser.add_argument_group("data and features").add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
-    add("--arch", choices=ARCHS, help="backbone of a file that does not name it")
-    add("--small-images", action="store_true", help="with --arch: ResNet stem for images of 32 pixels")
     add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
         "labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
@@ -236,7 +234,7 @@ def main(args):
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
-    backbone, source = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
+    backbone, source = load_network(args)
     data, (size, mean, std) = args.data or source["data"], input_of(source)
     whole, test = labelled(args, source)
     train, held = map(whole.subset, hold_out(whole.labels, args.held_out, args.seed))

@@ -29,22 +29,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, load_pretrained, write_atomically
+from checkpoint import UserError, write_atomically
 from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
-from model import ARCHS, build_backbone
+from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
+from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, Run, at_least, launch
 from views import Views
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("network").add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
-    add("--arch", choices=ARCHS, help="backbone of a file that does not name it")
-    add("--small-images", action="store_true", help="with --arch: ResNet stem for images of 32 pixels")
+    add = network_flags(parser).add_argument
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     group = parser.add_argument_group("data")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -205,7 +202,7 @@ def main(args):
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
-    backbone, source = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
+    backbone, source = load_network(args)
     data, (size, mean, std) = args.data or source["data"], input_of(source)
     whole, test = labelled(args, source)
     indices = (read_labels(args.labels, whole) if args.labels else
@@ -220,7 +217,7 @@ def main(args):
     # ---------------------------------------------------------------- model
     torch.manual_seed(args.seed)             # built before the process group: batch norms are per process
     if args.random_init:
-        backbone = build_backbone(source["arch"], source.get("small_images", args.small_images))
+        backbone = build_backbone(source["arch"], source.get("small_images", False))
     head = nn.Linear(backbone.feature_dim, len(train.class_names))
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)

@@ -19,20 +19,18 @@ import numpy as np
 import torch
 from torchvision.transforms.functional import resize
 
-from checkpoint import UserError, load_pretrained, write_atomically
+from checkpoint import UserError, write_atomically
 from data import ImageSet, input_of
 from lincls import build_reader
-from model import ARCHS
+from pretrained import load_network, network_flags
 from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
 from views import normalize
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("network and data").add_argument
-    add("--checkpoint", required=True, help="checkpoint of a run; with --arch any project's backbone")
-    add("--key", help="network in a file that has several: teacher (default) or student of a run with --ema")
-    add("--arch", choices=ARCHS, help="backbone of a file that is no checkpoint of a run")
+    network_flags(parser)
+    add = parser.add_argument_group("features").add_argument
     add("--depth", type=at_least(0), default=0,
         help="which of a ResNet's features, 1 (stem) to 5 (last stage); 0: the last")
     add("--data", default="datasets", help="VOC2007, or a folder that holds it")
@@ -115,7 +113,7 @@ def fit_svm(gram, y, costs):
 
 def main(args):
     # ---------------------------------------------------------------- model
-    backbone, config = load_pretrained(args.checkpoint, args.arch, key=args.key)
+    backbone, config = load_network(args)
     backbone.to(args.device).eval().requires_grad_(False)
     depths, read = build_reader(backbone, argparse.Namespace(
         depths=hasattr(backbone, "bn1"), mean_of_patches=False, n_last_blocks=1))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 STAGES = [name for name in SOURCES if "def get_parser" in SOURCES[name]]
 SHARED = {"loss.py", "model.py", "data.py", "views.py", "optim.py", "checkpoint.py", "run.py", "pictures.py",
-          "predictions.py", "restarts.py"}
+          "predictions.py", "pretrained.py", "restarts.py"}
 TRAINED = ("pretrain.py", "barlow.py", "selflabel.py", "distill.py")
 # lines and cyclomatic complexity of `main`
 LIMITS = dict.fromkeys(TRAINED, (120, 25)) | dict.fromkeys(("lincls.py", "semisup.py", "cluster_eval.py"),
@@ -106,7 +106,8 @@ def sources_that_read(script):
                            ("labelled(", inspect.getsource(data.labelled)),
                            ("folder_flags(", inspect.getsource(data.folder_options)),
                            ("build_network(", inspect.getsource(model)),
-                           ("Restarts(", SOURCES["restarts.py"])):
+                           ("Restarts(", SOURCES["restarts.py"]),
+                           ("network_flags(", SOURCES["pretrained.py"])):
         texts += [reader] * (called in SOURCES[script])
     return "\n".join(texts)
 
