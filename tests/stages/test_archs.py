@@ -21,7 +21,7 @@ EVALUATIONS = (                            # each is given --checkpoint
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """train and val with two classes of one colour each, and in VOC2007 the same as a folder like VOC2007's."""
+    """train and val with two classes of one colour each, and the same pictures in a folder like VOC2007."""
     root = tmp_path_factory.mktemp("data")
     voc, lists = root / "VOC2007/JPEGImages", root / "VOC2007/ImageSets/Main"
     for folder in (voc, lists, *(root / part / name for part in ("train", "val") for name in ("cow", "dog"))):

@@ -213,7 +213,7 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
 def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, multi_head):
     """One head, nothing held out: nn.Linear, SGD, CosineAnnealingLR stepped by epoch, on the same crops; or
     what was published for Feature1-5: Nesterov's momentum, steps, jitter, lighting."""
-    flags = "--nesterov --jitter --milestones 1 2 9" if multi_head else ""
+    flags = "--nesterov --jitter --milestones 1 2 9 --interpolation bilinear" if multi_head else ""
     here(f"lincls.py --checkpoint {network} --batch-size 64 --epochs 3 --lrs 0.8 --weight-decays 0.001 "
          f"--held-out 0 --seed 5 --output-dir {tmp_path} {flags}")
     metrics = metrics_of(tmp_path)
@@ -224,7 +224,9 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, mult
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train")
     jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if multi_head else {}
-    views = Views([(size, dict(scale=(0.08, 1), **jitter))], mean, std)
+    config["interpolation"] = "bilinear" if multi_head else "bicubic"
+    crop = dict(scale=(0.08, 1), interpolation=config["interpolation"])
+    views = Views([(size, crop | jitter)], mean, std)
     batches = Batches(dataset, 64, views, seed=5)
     torch.manual_seed(5)
     linear = nn.Linear(128, 10)
@@ -246,6 +248,11 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, mult
             scheduler.step()
     head = torch.load(tmp_path / "head.pth", weights_only=True)
     assert (head["weight"] - linear.weight).norm() < 0.01 * linear.weight.norm()
+    linear.load_state_dict(head)
+    with torch.no_grad():
+        test = eval_batches(build_dataset("fake", "test"), config, "cpu")
+        predicted = torch.cat([linear(backbone(x)) for x in test]).argmax(1)
+    assert predicted.tolist() == predictions_of(tmp_path)
 
 
 def test_depths_cached_and_batch_norm(network, tmp_path, here):
