@@ -117,7 +117,7 @@ def main(args):
     size, mean, std = input_of(source["config"])         # the network keeps its input, whatever the data
     options = folder_options(args, source["config"])
     config = {**source["config"], **vars(args), **options, "data": args.data or source["config"]["data"],
-              "image_size": args.image_size or size, "mean": mean, "std": std}
+              "image_size": args.image_size or size, "mean": list(mean), "std": list(std)}
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     config["pictures"] = dataset.files
     check(args, dataset, world_size)
