@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 
 import views as views_module
 from checkpoint import UserError
-from data import build_dataset
+from data import ImageSet, build_dataset, eval_batches
 from views import (
     COLOUR_AXES,
     COLOUR_WIDTHS,
@@ -139,6 +139,27 @@ def test_bilinear_crops_are_pillows_in_memory_and_of_files(channels, size):
     in_memory = view(pictures, u)
     assert (view.crop(pictures, u) / 255 - in_memory).abs().max() < 1.6 / 255
     assert (RandomView(size, (0,), (1,), (0.2, 1), flip=0)(pictures, u) - in_memory).abs().max() > 5 / 255
+
+
+def test_evaluated_pictures_are_resized_as_wanted_and_stay_within_their_range(tmp_path):
+    """A bicubic kernel overshoots at edges, of black and white for example."""
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4, 2).repeat_interleave(2, 1)[None, None]
+    in_memory = ImageSet(pixels, torch.zeros(1), ["a"])
+    pillow(photograph()).save(tmp_path / "a.png")
+    of_files = ImageSet(None, torch.zeros(1), ["a"], np.array([str(tmp_path / "a.png").encode()]))
+    for dataset, size in ((in_memory, 9), (of_files, 28)):
+        config, found = dict(data=None, image_size=size, mean=[0], std=[1]), {}
+        for name in ("bicubic", "bilinear"):
+            found[name], = eval_batches(dataset, config | dict(interpolation=name), "cpu")
+            assert 0 <= found[name].min() and found[name].max() <= 1
+        assert next(eval_batches(dataset, config, "cpu")).equal(found["bicubic"])
+        assert (found["bicubic"] - found["bilinear"]).abs().max() > 0.02
+    side = round(28 * 256 / 224)
+    theirs = Image.fromarray(photograph().permute(1, 2, 0).numpy())
+    theirs = theirs.resize((side * theirs.width // theirs.height, side), Image.BILINEAR)
+    left, top = round((theirs.width - 28) / 2), (side - 28) // 2
+    theirs = levels(theirs.crop((left, top, left + 28, top + 28)))
+    assert np.abs(255 * found["bilinear"][0].numpy() - theirs).max() <= 1.01
 
 
 def test_gray_and_solarize_are_pillows():

@@ -182,9 +182,10 @@ def test_depths_are_the_maps_of_the_network(arch, small_images):
 
 
 # ---------------------------------------------------------------- whole runs
-def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network, tmp_path, here):
+@pytest.mark.parametrize("cached", ["", "--cached"])
+def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network, tmp_path, here, cached):
     before = network.read_bytes()
-    out, _ = here(f"{small(network, tmp_path)} --weight-decays 0 0.01")
+    out, _ = here(f"{small(network, tmp_path)} --weight-decays 0 0.01 {cached}")
     metrics = metrics_of(tmp_path)
     assert metrics["num_train"] == 462 and metrics["num_held_out"] == 50 and metrics["num_test"] == 256
     result, = metrics["results"]
@@ -205,7 +206,11 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
     with torch.no_grad():
         test = eval_batches(build_dataset("fake", "test"), config, "cpu")
         logits = [linear(backbone.eval()(x)) for x in test]
+        train = build_dataset("fake", "train")
+        held = train.subset(hold_out(train.labels, 0.1, seed=0)[1])
+        classes = torch.cat([linear(backbone(x)) for x in eval_batches(held, config, "cpu")]).argmax(1)
     assert torch.equal(torch.cat(logits).argmax(1), predicted)
+    assert (classes == held.labels).double().mean().item() == result["held_out_top1"]
     assert network.read_bytes() == before
 
 

@@ -90,7 +90,7 @@ def test_two_processes_equal_one(tmp_path):
     assert len(one) == 8
     assert one[:3] == pytest.approx(two[:3], abs=5e-4) and one == pytest.approx(two, abs=0.02)
     first, second = torch.load(tmp_path / "two/checkpoint.pth", weights_only=True)["rng"]
-    assert not first[0].equal(second[0])                       # each process has its own noise, drop path's say
+    assert not first[0].equal(second[0])                       # each process has its own noise for drop path
 
 
 def test_processes_that_do_not_divide_the_batch(tmp_path):

@@ -238,7 +238,7 @@ def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
     run(command, ranks=2)
     two, predictions = metrics_of(tmp_path), predictions_of(tmp_path)
     first, second = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]
-    assert not first[0].equal(second[0])                        # each process has its own noise, dropout's say
+    assert not first[0].equal(second[0])                       # each process has its own noise for dropout
     assert two["test_top1"] > 0.3 and len(predictions) == 256
     for n in (1, 3):
         (tmp_path / "metrics.json").unlink()
