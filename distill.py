@@ -133,7 +133,8 @@ def main(args):
     size, mean, std = input_of(source)       # the teacher keeps its input, whatever the data
     options = folder_options(args, source)
     config = dict(vars(args), **options, loss="seed", data=args.data or source["data"],
-                  image_size=args.image_size or size, mean=list(args.mean or mean), std=list(args.std or std))
+                  image_size=args.image_size or size, mean=args.mean or list(mean),
+                  std=args.std or list(std))
     if config["data"] is None:
         raise UserError(f"--data: {args.teacher} does not say on what it was trained; name the data")
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
