@@ -678,8 +678,8 @@ class CentreCrops(torch.utils.data.Dataset):
     Item i is uint8 [3, size, size], or None if it cannot be read.
     """
 
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
+    def __init__(self, dataset, size, interpolation="bicubic"):
+        self.dataset, self.size, self.interpolation = dataset, size, interpolation
 
     def __len__(self):
         return len(self.dataset)
@@ -695,8 +695,8 @@ class CentreCrops(torch.utils.data.Dataset):
         top, left = (height - H) // 2, (width - W) // 2
         image = image[:, top:top + H, left:left + W]
         side = round(self.size * 256 / 224)
-        image = F.interpolate(image[None], (side * H // short, side * W // short), mode="bicubic",
-                              antialias=True)
+        image = F.interpolate(image[None], (side * H // short, side * W // short),
+                              mode=self.interpolation, antialias=True)
         return torchvision.transforms.functional.center_crop(image[0], self.size)
 
 
@@ -707,9 +707,10 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     Broken files are left out; those that were yielded are dataset.readable() afterwards.
     """
     size, mean, std = input_of(config)
+    interpolation = config.get("interpolation", "bicubic")
     if dataset.images is None:
         batches = torch.utils.data.DataLoader(
-            CentreCrops(dataset, size), batch_size, num_workers=num_workers(workers, dataset),
+            CentreCrops(dataset, size, interpolation), batch_size, num_workers=num_workers(workers, dataset),
             collate_fn=_stack_readable, worker_init_fn=own_group)
     else:
         batches = dataset.images.split(batch_size)
@@ -718,7 +719,7 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
             continue
         images = images.to(device).float() / 255
         if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+            images = F.interpolate(images, (size, size), mode=interpolation, antialias=True).clamp_(0, 1)
         yield normalize(images, mean, std)
     if len(dataset) and not dataset.is_readable.any():
         raise UserError(f"--data: none of the {len(dataset):,} pictures can be read")

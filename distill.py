@@ -23,7 +23,7 @@ from checkpoint import UserError, load_teacher
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from lincls import fingerprint
 from loss import seed_loss, seed_target
-from model import ARCHS, Embedder, build_network
+from model import ARCHS, Embedder, build_network, patch_size
 from optim import LARS, param_groups, seed_lr, warmup_cosine
 from run import DEVICES, HelpFormatter, Run, at_least, launch
 from views import VIEWS, build_views, pick_views
@@ -45,6 +45,8 @@ def get_parser():
         help="pixels of a global crop; 0: the teacher's")
     add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
     add("--num-local", type=at_least(0), default=0, help="local crops, besides the global one")
+    add("--local-scale", type=at_least(0, float), nargs=2, metavar=("MIN", "MAX"),
+        help="shares of the area in a local crop; without it those of --views")
     add("--mean", type=at_least(0, float), nargs="+", metavar="M",
         help="mean of the pixels (0 to 1), one number or three; without it the teacher's")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
@@ -85,7 +87,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of initial weights, order of the images, and views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, and views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")
@@ -143,9 +145,9 @@ def main(args):
     config.update(pictures=dataset.files, embedding_dim=embedding_dim, teacher_head=head_name,
                   teacher_sha256=fingerprint(teacher))
     recipe = pick_views(args.views, config["data"], published="seed" if args.num_local else "moco")
-    vit = next((arch for arch in (args.arch, source["arch"]) if arch.startswith("vit")), "")
+    largest = max(args.arch, source["arch"], key=patch_size)     # of the patches of student and teacher
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        num_global=1, min_scale=args.min_scale, arch=vit)       # `vit`: teacher or student
+                        num_global=1, min_scale=args.min_scale, local_scale=args.local_scale, arch=largest)
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)

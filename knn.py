@@ -28,6 +28,7 @@ def get_parser():
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
+    add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     folder_flags(parser)
     add = parser.add_argument_group("vote").add_argument
     add("--k", type=at_least(1), nargs="+", default=[10, 20, 100, 200],
@@ -152,6 +153,7 @@ def scores_to_watch(network, train, test, config, device, k=20):
 def main(args):
     # ---------------------------------------------------------------- model
     backbone, config = load_network(args)
+    config["interpolation"] = args.interpolation         # of eval_batches
     backbone.to(args.device)
 
     # ---------------------------------------------------------------- data

@@ -14,8 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import StochasticDepth
 
 ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "resnet50", "resnet101",
-         "resnet152", "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b",
-         "mobilenet_v3_large", "efficientnet_b0", "efficientnet_b1")
+         "resnet152", "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b", "vit_t8", "vit_s8",
+         "vit_b8", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_b1")
 
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
@@ -229,20 +229,20 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer (arXiv 2010.11929) with patches of 16 pixels and the names of DINO and timm.
+    """Vision transformer (arXiv 2010.11929) with the names of DINO and timm. patch: pixels of its patches.
 
-    Its feature is the class token after the last norm. Positions are learnt for 14 × 14 patches (224 pixels)
-    and interpolated for other sizes. drop_path: probability that an image skips a branch of the last block,
+    Its feature is the class token after the last norm. Positions are learnt for the patches of 224 pixels and
+    interpolated for other sizes. drop_path: probability that an image skips a branch of the last block,
     rising linearly from 0 in the first.
     """
 
-    def __init__(self, dim, heads, depth=12, drop_path=0.0):
+    def __init__(self, dim, heads, depth=12, drop_path=0.0, patch=16):
         super().__init__()
-        self.feature_dim = dim
+        self.feature_dim, self.grid = dim, 224 // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 14 * 14, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, dim))
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, dim, kernel_size=16, stride=16)
+        self.patch_embed.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -251,12 +251,13 @@ class ViT(nn.Module):
 
     def positions(self, rows, columns):
         """Position embeddings [1, 1 + rows · columns, dim]."""
-        if rows == columns == 14:
+        n = self.grid
+        if rows == columns == n:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+        grid = self.pos_embed[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
         # DINO adds 0.1 so that the size is not rounded down. That also shifts the grid a little; keep it, as
         # published networks were trained and are evaluated so.
-        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / 14, (columns + 0.1) / 14), mode="bicubic")
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / n, (columns + 0.1) / n), mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def features(self, x, n_last_blocks=1, mean_of_patches=False):
@@ -288,6 +289,13 @@ def init_linears(module):
             nn.init.zeros_(layer.bias)
 
 
+def patch_size(arch):
+    """Pixels of a patch of a ViT, the least that a picture may have; 1 for other networks."""
+    if not arch.startswith("vit"):
+        return 1
+    return 8 if arch.endswith("8") else 16
+
+
 def build_backbone(arch, small_images=False, drop_path=0.0):
     """A network that maps images [B, 3, H, W] to features [B, module.feature_dim].
 
@@ -296,7 +304,8 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
       resnet50w2, w4, w5 multiply every width, the stem's as well, like the wide networks of TWIST and SwAV.
       resnet8 is for a CPU: a 5×5 stem and one basic block at each of the widths 32, 64, 128. resnet8_2x2
       averages its last map to 2 × 2 positions, which gives 512 features; resnet8w2_2x2 is twice as wide.
-      vit_t, vit_s, vit_b: see ViT; only they use drop_path.
+      vit_t, vit_s, vit_b: see ViT; only they use drop_path. Those that end in 8 have patches of 8 pixels, not
+      of 16: four times as many.
     small_images: a ResNet's stem becomes 3×3 without stride and max-pool.
     Raises ValueError for an unknown arch, or for small_images of another network than a ResNet.
     """
@@ -305,8 +314,8 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
     if small_images and not arch.startswith("resnet"):
         raise ValueError(f"small images: {arch} is not a ResNet, so it has no stem to change")
     if arch.startswith("vit"):
-        heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch]
-        return ViT(64 * heads, heads, drop_path=drop_path)
+        heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch.removesuffix("8")]
+        return ViT(64 * heads, heads, drop_path=drop_path, patch=patch_size(arch))
     if arch.startswith("resnet8"):
         w = 2 if "w2" in arch else 1
         backbone = ResNet(BasicBlock, [1, 1, 1], [32 * w, 64 * w, 128 * w], stem_width=32 * w, stem_kernel=5,

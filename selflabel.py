@@ -45,6 +45,8 @@ def get_parser():
         help="pixels of a global crop; 0: the size of the checkpoint")
     add("--local-size", type=at_least(0), default=0, help="pixels of a local crop; 0: 3/7 of a global one")
     add("--num-local", type=at_least(0), default=0, help="local crops, besides the two global ones")
+    add("--local-scale", type=at_least(0, float), nargs=2, metavar=("MIN", "MAX"),
+        help="shares of the area in a local crop; without it those of --views")
     folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--bunch-size", type=at_least(0), default=0,
@@ -75,7 +77,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of initial weights, order of the images, and views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, and views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")
@@ -121,7 +123,7 @@ def main(args):
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, config["data"], published="selflabel" if args.num_local else "barlow")
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        min_scale=args.min_scale, arch=config["arch"])
+                        min_scale=args.min_scale, local_scale=args.local_scale, arch=config["arch"])
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)

@@ -17,6 +17,7 @@ on two CPU cores; from scratch it is 0.772.
 import argparse
 import datetime
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -54,6 +55,7 @@ def get_parser():
     add("--held-out", type=at_least(0, float, 1), default=0.0,
         help="share of the labelled images that is scored instead of the test images")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
+    add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     folder_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), default=20, help="passes over the labelled images")
@@ -61,6 +63,9 @@ def get_parser():
     add("--lr", type=at_least(0, float), default=0.04,
         help="peak learning rate of the backbone for batch size 256; scaled linearly for others")
     add("--head-lr", type=at_least(0, float), default=0.2, help="the same of the new classifier")
+    add("--weight-decay", type=at_least(0, float), default=0.0, help="of all weights, biases and norms")
+    add("--milestones", type=at_least(0), nargs="+",
+        help="epochs at which the learning rate is divided by 10; without it a cosine")
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/semisup", help="folder for everything that is written")
     add("--resume", default="auto", metavar="auto|never|FILE",
@@ -202,6 +207,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     backbone, source = load_network(args)
+    source["interpolation"] = args.interpolation         # of eval_batches
     data, (size, mean, std) = args.data or source["data"], input_of(source)
     whole, test = labelled(args, source)
     indices = (read_labels(args.labels, whole) if args.labels else
@@ -209,7 +215,8 @@ def main(args):
     few = whole.subset(indices)
     train, held = map(few.subset, hold_out(few.labels, args.held_out, args.seed))
     check(args, train, held, test, world_size)
-    views = Views([(size, dict(scale=(args.min_scale, 1)))], mean, std)
+    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation)
+    views = Views([(size, crop)], mean, std)
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch
 
@@ -231,7 +238,7 @@ def main(args):
     # ---------------------------------------------------------------- optimizer
     peak_lrs = [lr * args.batch_size / 256 for lr in (args.lr, args.head_lr)]
     optimizer = torch.optim.SGD([dict(params=backbone.parameters()), dict(params=head.parameters())],
-                                lr=0.0, momentum=0.9)
+                                lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---------------------------------------------------------------- resume
@@ -261,8 +268,12 @@ def main(args):
             f"test on; {source['arch']}, {'random weights' if args.random_init else 'pre-trained'}")
     network.train()
     for step in run.steps():                 # saves; ends the run on a signal or a number that is not finite
+        epochs_done = step // batches.steps_per_epoch
+        factor = cosine(epochs_done, args.epochs, 1, 0)
+        if args.milestones is not None:
+            factor = 0.1 ** sum(milestone <= epochs_done for milestone in args.milestones)
         for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
-            group["lr"] = cosine(step // batches.steps_per_epoch, args.epochs, peak_lr, 0)
+            group["lr"] = factor * peak_lr
 
         # ---- one training step: B images of this process, C classes
         images, uniforms, labels = run.next(loader)
@@ -273,7 +284,7 @@ def main(args):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf)       # no clipping
         scaler.step(optimizer)
         scaler.update()
         run.watch(loss, norm)

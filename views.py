@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import UserError
+from model import patch_size
 
 # Uniform numbers of one view of one image, by column:
 #   0-9 area, 10-19 width / height of ten tries for a crop; 20 top, 21 left; 22 flip
@@ -44,24 +45,32 @@ VIEWS = {                        # published recipes: first global crop, second,
 }
 
 
-def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, min_scale=0, arch=""):
+def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, min_scale=0,
+                local_scale=None, arch=""):
     """The V = num_global + num_local views of a recipe in VIEWS, as a `Views`.
 
     size, local_size: pixels of the crops. min_scale: smallest share of the area in a global crop; 0: that of
-    the recipe. arch: the network that they are for. Raises UserError if the recipe has no local crops, or if
-    a crop is too small for the network.
+    the recipe. local_scale: smallest and largest share in a local crop; None: those of the recipe. arch: the
+    network that they are for. Raises UserError for shares that are none, if the recipe has no local crops, or
+    if a crop is too small for the network.
     """
     recipe = VIEWS[name]
     smallest = min(size, local_size) if num_local > 0 else size
-    if arch.startswith("vit") and smallest < 16:
-        raise UserError(f"--image-size, --local-size: {arch} has patches of 16, a crop {smallest} pixels")
+    if smallest < patch_size(arch):
+        raise UserError(f"--image-size, --local-size: {arch} has patches of {patch_size(arch)}, a crop "
+                        f"{smallest} pixels")
     if num_local > 0 and len(recipe) < 3:
         raise UserError(f"--num-local {num_local}: --views {name} has no local crops; --views multicrop has")
     if min_scale > 1:
         raise UserError(f"--min-scale {min_scale}: a crop is at most the whole picture, 1")
+    if local_scale and not 0 < local_scale[0] <= local_scale[1] <= 1:
+        raise UserError("--local-scale: takes two shares of the area, above 0, in ascending order, at most 1")
+    if local_scale and num_local == 0:
+        raise UserError("--local-scale: there are no local crops; --num-local makes some")
     larger = {"scale": (min_scale, 1)} if min_scale else {}
+    local = {"scale": tuple(local_scale)} if local_scale else {}
     views = [(size, recipe[v] | larger) for v in range(num_global)]
-    views += [(local_size, recipe[-1])] * num_local
+    views += [(local_size, recipe[-1] | local)] * num_local
     return Views(views, mean, std)
 
 
@@ -109,11 +118,12 @@ class Views(nn.Module):
 
 
 class RandomView(nn.Module):
-    """Random resized crop (bicubic), flip, colour jitter, gray, blur, solarise, normalise; drawn per image.
+    """Random resized crop, flip, colour jitter, gray, blur, solarise, normalise; drawn per image.
 
     The distributions are those of torchvision's RandomResizedCrop and ColorJitter.
 
     size: pixels of the square output. scale: share of the area; ratio: width / height of the crop.
+    interpolation: bicubic or bilinear, of the resizing.
     jitter: strengths of brightness, contrast, saturation, hue. All four happen together, with probability
     jitter_p; with jitter_each, each is drawn by itself. gray_first: gray before the jitter, not after it.
     flip, gray, blur, solarize: probabilities. sigma: range of the Gaussian blur, in pixels.
@@ -123,12 +133,12 @@ class RandomView(nn.Module):
 
     def __init__(self, size, mean, std, scale, ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0),
                  jitter_p=0.8, jitter_each=False, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0,
-                 lighting=0.0, gray_first=False):
+                 lighting=0.0, gray_first=False, interpolation="bicubic"):
         super().__init__()
         self.size, self.mean, self.std, self.scale, self.ratio = size, mean, std, scale, ratio
         self.flip, self.jitter, self.jitter_p, self.jitter_each = flip, jitter, jitter_p, jitter_each
         self.gray, self.blur, self.sigma, self.solarize = gray, blur, sigma, solarize
-        self.lighting, self.gray_first = lighting, gray_first
+        self.lighting, self.gray_first, self.interpolation = lighting, gray_first, interpolation
 
     def draw_crop(self, u, height, width):
         """Box of the crop and whether to mirror it, a dict of [B]: top, left, height, width, flip.
@@ -184,7 +194,7 @@ class RandomView(nn.Module):
         crops = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
         for crop, picture, (top, left, h, w) in zip(crops, pictures, boxes, strict=True):
             part = picture[None, :, top:top + h, left:left + w]
-            crop.copy_(F.interpolate(part, (self.size, self.size), mode="bicubic", antialias=True)[0])
+            crop.copy_(F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0])
         return torch.where(drawn["flip"].view(-1, 1, 1, 1), crops.flip(-1), crops)
 
     def colour(self, x, u):
@@ -226,7 +236,7 @@ class RandomView(nn.Module):
         """images uint8 [B, C, H, W] on any device, u [B, UNIFORMS] on the CPU -> [B, 3, size, size]."""
         drawn = self.draw_crop(u, *images.shape[-2:])
         x = crop_resize(images, drawn["top"], drawn["left"], drawn["height"], drawn["width"], self.size,
-                        drawn["flip"])
+                        drawn["flip"], self.interpolation)
         return self.colour(x, u)
 
 
@@ -240,8 +250,8 @@ def _apply(op, x, chosen, *params):
 
 
 # ---------------------------------------------------------------- operations on batches
-def crop_resize(images, top, left, height, width, size, flip):
-    """Crops of uint8 images [B, C, H, W], resized (bicubic) to [B, C, size, size] in 0..1; some mirrored.
+def crop_resize(images, top, left, height, width, size, flip, interpolation="bicubic"):
+    """Crops of uint8 images [B, C, H, W], resized to [B, C, size, size] in 0..1; some mirrored.
 
     top, left, height, width: whole numbers, [B]. flip: bool [B]. It resizes as Pillow does up to version 12:
     antialiased, horizontal before vertical, clamped between. Pillow 13 starts with vertical for some shapes.
@@ -249,13 +259,13 @@ def crop_resize(images, top, left, height, width, size, flip):
     """
     H, W = images.shape[-2:]
     top, left, height, width, flip = (t.to(images.device) for t in (top, left, height, width, flip))
-    horizontal = _bicubic_matrix(left, width, W, size, flip)                      # [B, size, W]
-    vertical = _bicubic_matrix(top, height, H, size, torch.zeros_like(flip))      # [B, size, H]
+    horizontal = _resize_matrix(left, width, W, size, flip, interpolation)        # [B, size, W]
+    vertical = _resize_matrix(top, height, H, size, torch.zeros_like(flip), interpolation)    # [B, size, H]
     x = torch.matmul(images.float(), horizontal[:, None].mT).clamp_(0, 255)
     return torch.matmul(vertical[:, None], x).clamp_(0, 255).div_(255)
 
 
-def _bicubic_matrix(start, length, in_size, out_size, flip):
+def _resize_matrix(start, length, in_size, out_size, flip, interpolation):
     """Weights [B, out_size, in_size] that resample `length` pixels from `start` on, mirrored if flip."""
     start, length = start[:, None], length[:, None]
     scale = length / out_size
@@ -266,9 +276,11 @@ def _bicubic_matrix(start, length, in_size, out_size, flip):
     target = torch.where(flip[:, None], out_size - target, target) * scale        # [B, out_size]
     reach = scale.clamp_min(1)                   # antialiasing: the kernel is wider where the image shrinks
     x = ((source / reach)[:, None] - (target / reach)[:, :, None]).abs_()         # [B, out_size, in_size]
-    # cubic convolution, a = -0.5, as a sum of two pieces that end at distances 1 and 2: no torch.where needed
     near, far = (1 - x).clamp_(min=0), (2 - x).clamp_(min=0)
-    weights = near * near * (1 - 2 * near) + far * far * (far - 1) / 2
+    weights = near
+    if interpolation == "bicubic":
+        # cubic convolution, a = -0.5, as a sum of two pieces that end at distances 1 and 2: no torch.where
+        weights = near * near * (1 - 2 * near) + far * far * (far - 1) / 2
     return weights.div_(weights.sum(-1, keepdim=True))
 
 

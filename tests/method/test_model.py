@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from golden_inputs import fill, fill_backbone, fill_noise, noise, sine_images
 
+from checkpoint import load_backbone
 from loss import twist_loss
 from model import (
     ARCHS,
@@ -20,6 +21,7 @@ from model import (
     build_backbone,
     build_network,
     bunch_layout,
+    patch_size,
     remove_classifier,
     synchronize_batch_norms,
     zero_init_residual,
@@ -62,6 +64,33 @@ def test_state_dict_has_the_published_names_and_shapes(arch):
     golden = json.loads((GOLDEN / f"model_state_dict_{arch}.json").read_text())
     state = Twist(arch, num_classes=64, hidden_dim=96).state_dict()
     assert {name: list(t.shape) for name, t in state.items()} == golden
+
+
+@pytest.mark.parametrize("arch", ["vit_t8", "vit_s8", "vit_b8"])
+def test_a_vit_with_patches_of_8_has_dinos_names_and_shapes(arch):
+    """Those of the published ViT-S/16, but for the width, the patch embedding, and 28 × 28 positions."""
+    golden = json.loads((GOLDEN / "model_state_dict_vit_s.json").read_text())
+    with torch.device("meta"):
+        state, dim = build_backbone(arch).state_dict(), dict(vit_t8=192, vit_s8=384, vit_b8=768)[arch]
+    expected = {name.removeprefix("backbone."): [n * dim // 384 if n % 384 == 0 else n for n in shape]
+                for name, shape in golden.items() if name.startswith("backbone.")}
+    expected |= {"pos_embed": [1, 785, dim], "patch_embed.proj.weight": [dim, 3, 8, 8]}
+    assert {name: list(t.shape) for name, t in state.items()} == expected
+
+
+def test_dinos_patches_of_8_load_and_their_positions_are_interpolated_as_there(tmp_path):
+    theirs = build_backbone("vit_t8")
+    torch.nn.init.normal_(theirs.pos_embed)
+    torch.save({"teacher": {f"module.backbone.{name}": t for name, t in theirs.state_dict().items()}},
+               tmp_path / "dino.pth")
+    ours = build_backbone("vit_t8").eval()
+    load_backbone(ours, tmp_path / "dino.pth")
+    assert ours.positions(28, 28) is ours.pos_embed and ours.pos_embed.equal(theirs.pos_embed)
+    grid = theirs.pos_embed[:, 1:].view(1, 28, 28, 192).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(4 + 0.1) / 28, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(ours.positions(4, 4)[:, 1:], grid)
+    assert ours(torch.randn(2, 3, 32, 32)).shape == (2, 192)
+    assert [patch_size(arch) for arch in ("vit_t8", "vit_t", "resnet18")] == [8, 16, 1]
 
 
 def test_three_training_steps_are_the_published_ones():

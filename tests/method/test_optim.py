@@ -28,6 +28,15 @@ def test_lars_takes_the_published_steps():
         np.testing.assert_allclose(bias.detach(), g["biases"][t], rtol=1e-5, atol=1e-7)
 
 
+def test_weight_decay_is_in_the_trust_ratio_and_in_the_update():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    weight.grad = torch.tensor([[0.0, 2.0]])
+    LARS([weight], lr=0.1, weight_decay=0.5, trust_coefficient=0.2).step()
+    trust = 0.2 * 5 / (2 + 0.5 * 5)                            # |w| = 5, |g| = 2
+    expected = [[3 - 0.1 * trust * 0.5 * 3, 4 - 0.1 * trust * (2 + 0.5 * 4)]]
+    torch.testing.assert_close(weight.detach(), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("w, g", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_lars_falls_back_to_plain_momentum_where_a_norm_is_zero(w, g):
     weight = torch.nn.Parameter(torch.full((2, 2), w))

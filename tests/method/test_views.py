@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 
 import views as views_module
 from checkpoint import UserError
-from data import build_dataset
+from data import ImageSet, build_dataset, eval_batches
 from views import (
     COLOUR_AXES,
     COLOUR_WIDTHS,
@@ -90,14 +90,13 @@ def random_boxes(rng, number, height, width):
     return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
 
 
-def pillows_resize(crop, size):
-    """crop.resize((size, size), BICUBIC), one axis a call: horizontal first, whatever the version.
+def pillows_resize(crop, size, resample=Image.BICUBIC):
+    """crop.resize((size, size), resample), one axis a call: horizontal first, whatever the version.
 
     Up to Pillow 12 it always is. From 13 on vertical comes first where the height shrinks by more than twice
     what the width does; as levels are clamped in between, some then differ by ten and more.
     """
-    crop = crop.resize((size, crop.height), Image.BICUBIC)
-    return crop.resize((size, size), Image.BICUBIC)
+    return crop.resize((size, crop.height), resample).resize((size, size), resample)
 
 
 @pytest.mark.parametrize("channels, height, width, size, number", [
@@ -120,6 +119,47 @@ def test_crop_resize_is_pillows(channels, height, width, size, number):
         assert np.abs(mine.round() - theirs).max() <= 1
         shift.append((mine - theirs).mean())
     assert abs(np.mean(shift)) < 0.03                          # half a level everywhere would pass the above
+
+
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 96)])
+def test_bilinear_crops_are_pillows_in_memory_and_of_files(channels, size):
+    rng = np.random.default_rng(size)
+    picture = photograph(channels)[:, 150:240, 250:330]
+    top, left, h, w = random_boxes(rng, 30, 90, 80)
+    flip = torch.zeros(30, dtype=torch.bool)
+    ours = crop_resize(picture.expand(30, -1, -1, -1), *map(torch.from_numpy, (top, left, h, w)), size, flip,
+                       "bilinear")
+    for i in range(30):
+        crop = pillow(picture).crop((left[i], top[i], left[i] + w[i], top[i] + h[i]))
+        theirs = levels(pillows_resize(crop, size, Image.BILINEAR))
+        assert np.abs(255 * ours[i].numpy() - theirs).max() <= 1.01
+    view = RandomView(size, (0,), (1,), (0.2, 1), flip=0, interpolation="bilinear")
+    u = uniforms(5)
+    pictures = photograph(3)[None, :, 150:240, 250:330].repeat(5, 1, 1, 1)
+    in_memory = view(pictures, u)
+    assert (view.crop(pictures, u) / 255 - in_memory).abs().max() < 1.6 / 255
+    assert (RandomView(size, (0,), (1,), (0.2, 1), flip=0)(pictures, u) - in_memory).abs().max() > 5 / 255
+
+
+def test_evaluated_pictures_are_resized_as_wanted_and_stay_within_their_range(tmp_path):
+    """A bicubic kernel overshoots at edges, of black and white for example."""
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(4, 2).repeat_interleave(2, 1)[None, None]
+    in_memory = ImageSet(pixels, torch.zeros(1), ["a"])
+    pillow(photograph()).save(tmp_path / "a.png")
+    of_files = ImageSet(None, torch.zeros(1), ["a"], np.array([str(tmp_path / "a.png").encode()]))
+    for dataset, size in ((in_memory, 9), (of_files, 28)):
+        config, found = dict(data=None, image_size=size, mean=[0], std=[1]), {}
+        for name in ("bicubic", "bilinear"):
+            found[name], = eval_batches(dataset, config | dict(interpolation=name), "cpu")
+            assert 0 <= found[name].min() and found[name].max() <= 1
+        assert next(eval_batches(dataset, config, "cpu")).equal(found["bicubic"])
+        assert (found["bicubic"] - found["bilinear"]).abs().max() > 0.02
+    side = round(28 * 256 / 224)
+    theirs = Image.fromarray(photograph().permute(1, 2, 0).numpy())
+    theirs = theirs.resize((side * theirs.width // theirs.height, side), Image.BILINEAR)
+    left, top = round((theirs.width - 28) / 2), (side - 28) // 2
+    theirs = levels(theirs.crop((left, top, left + 28, top + 28)))
+    assert np.abs(255 * found["bilinear"][0].numpy() - theirs).max() <= 1.01
 
 
 def test_gray_and_solarize_are_pillows():
@@ -190,6 +230,23 @@ def test_min_scale_changes_the_global_crops_only():
     assert VIEWS["multicrop"][0]["scale"] == (0.4, 1)
     with pytest.raises(UserError, match="--min-scale 1.5: a crop is at most the whole picture"):
         build_views("multicrop", (0.5,), (0.25,), 224, min_scale=1.5)
+
+
+def test_local_scale_changes_the_local_crops_only():
+    views = build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, local_scale=[0.1, 0.3])
+    assert [view.scale for view, _, _ in views.groups] == [(0.4, 1), (0.4, 1), (0.1, 0.3)]
+    for local_scale in ([0, 0.3], [0.3, 0.1], [0.3, 1.1]):
+        with pytest.raises(UserError, match="--local-scale: takes two shares"):
+            build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, local_scale=local_scale)
+    with pytest.raises(UserError, match="--local-scale: there are no local crops"):
+        build_views("multicrop", (0.5,), (0.25,), 224, local_scale=[0.1, 0.3])
+
+
+@pytest.mark.parametrize("arch, patch", [("vit_t", 16), ("vit_t8", 8)])
+def test_a_crop_holds_a_patch_of_the_network(arch, patch):
+    build_views("multicrop", (0.5,), (0.25,), 32, patch, 1, arch=arch)
+    with pytest.raises(UserError, match=f"{arch} has patches of {patch}, a crop {patch - 1} pixels"):
+        build_views("multicrop", (0.5,), (0.25,), 32, patch - 1, 1, arch=arch)
 
 
 def test_auto_picks_our_recipe_for_fashion_mnist_and_else_the_published_one():

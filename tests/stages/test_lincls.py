@@ -182,9 +182,10 @@ def test_depths_are_the_maps_of_the_network(arch, small_images):
 
 
 # ---------------------------------------------------------------- whole runs
-def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network, tmp_path, here):
+@pytest.mark.parametrize("cached", ["", "--cached"])
+def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network, tmp_path, here, cached):
     before = network.read_bytes()
-    out, _ = here(f"{small(network, tmp_path)} --weight-decays 0 0.01")
+    out, _ = here(f"{small(network, tmp_path)} --weight-decays 0 0.01 {cached}")
     metrics = metrics_of(tmp_path)
     assert metrics["num_train"] == 462 and metrics["num_held_out"] == 50 and metrics["num_test"] == 256
     result, = metrics["results"]
@@ -205,7 +206,11 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
     with torch.no_grad():
         test = eval_batches(build_dataset("fake", "test"), config, "cpu")
         logits = [linear(backbone.eval()(x)) for x in test]
+        train = build_dataset("fake", "train")
+        held = train.subset(hold_out(train.labels, 0.1, seed=0)[1])
+        classes = torch.cat([linear(backbone(x)) for x in eval_batches(held, config, "cpu")]).argmax(1)
     assert torch.equal(torch.cat(logits).argmax(1), predicted)
+    assert (classes == held.labels).double().mean().item() == result["held_out_top1"]
     assert network.read_bytes() == before
 
 
@@ -213,7 +218,7 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
 def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, multi_head):
     """One head, nothing held out: nn.Linear, SGD, CosineAnnealingLR stepped by epoch, on the same crops; or
     what was published for Feature1-5: Nesterov's momentum, steps, jitter, lighting."""
-    flags = "--nesterov --jitter --milestones 1 2 9" if multi_head else ""
+    flags = "--nesterov --jitter --milestones 1 2 9 --interpolation bilinear" if multi_head else ""
     here(f"lincls.py --checkpoint {network} --batch-size 64 --epochs 3 --lrs 0.8 --weight-decays 0.001 "
          f"--held-out 0 --seed 5 --output-dir {tmp_path} {flags}")
     metrics = metrics_of(tmp_path)
@@ -224,7 +229,9 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, mult
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train")
     jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if multi_head else {}
-    views = Views([(size, dict(scale=(0.08, 1), **jitter))], mean, std)
+    config["interpolation"] = "bilinear" if multi_head else "bicubic"
+    crop = dict(scale=(0.08, 1), interpolation=config["interpolation"])
+    views = Views([(size, crop | jitter)], mean, std)
     batches = Batches(dataset, 64, views, seed=5)
     torch.manual_seed(5)
     linear = nn.Linear(128, 10)
@@ -246,6 +253,11 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, mult
             scheduler.step()
     head = torch.load(tmp_path / "head.pth", weights_only=True)
     assert (head["weight"] - linear.weight).norm() < 0.01 * linear.weight.norm()
+    linear.load_state_dict(head)
+    with torch.no_grad():
+        test = eval_batches(build_dataset("fake", "test"), config, "cpu")
+        predicted = torch.cat([linear(backbone(x)) for x in test]).argmax(1)
+    assert predicted.tolist() == predictions_of(tmp_path)
 
 
 def test_depths_cached_and_batch_norm(network, tmp_path, here):

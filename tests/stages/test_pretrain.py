@@ -91,6 +91,8 @@ def test_two_processes_equal_one(tmp_path):
     one, two = ([line["loss"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("one", "two"))
     assert len(one) == 8
     assert one[:3] == pytest.approx(two[:3], abs=5e-4) and one == pytest.approx(two, abs=0.02)
+    first, second = torch.load(tmp_path / "two/checkpoint.pth", weights_only=True)["rng"]
+    assert not first[0].equal(second[0])                       # each process has its own noise for drop path
 
 
 def test_processes_that_do_not_divide_the_batch(tmp_path):

@@ -26,12 +26,15 @@ SEED = dict(num_local=6, image_size=224, local_size=96, queue_size=65536, studen
             teacher_temperature=1e-4, batch_size=256, optimizer="sgd", schedule="epochs", warmup_epochs=5,
             weight_decay=1e-4, momentum=0.9, milestones=None, views="seed", peak=0.03)
 LINEAR = dict(weight_decays=[0], batch_size=1024, epochs=100, min_scale=0.08, held_out=0)
+FEW_LABELS = dict(weight_decay=0, milestones=None, batch_size=256, min_scale=0.08, interpolation="bilinear")
 # What was published, run by run; `peak` is the learning rate that training reaches.
 PUBLISHED = {
     "resnet50_two_views": dict(LARS, arch="resnet50", views="barlow", num_local=0, num_classes=32768,
                                bunch_size=256, batch_size=2048, epochs=800, warmup_epochs=10, peak=4.0),
     "resnet50_multicrop": dict(LARS, arch="resnet50", views="multicrop", num_local=12, num_classes=4096,
                                bunch_size=256, batch_size=2048, epochs=800, warmup_epochs=10, peak=4.0),
+    "resnet50_multicrop_300": dict(LARS, arch="resnet50", views="multicrop", num_local=12, num_classes=4096,
+                                   bunch_size=256, batch_size=2048, epochs=300, warmup_epochs=10, peak=4.0),
     "resnet50_selflabel": dict(SELF_LABEL, bunch_size=256, batch_size=2048, peak=0.4),
     "resnet50w2_multicrop": dict(LARS, arch="resnet50w2", views="multicrop", num_local=12, num_classes=4096,
                                  bunch_size=240, batch_size=1920, epochs=200, warmup_epochs=10, peak=3.75),
@@ -41,25 +44,29 @@ PUBLISHED = {
     "resnet50_1000_classes": dict(arch="resnet50", num_classes=1000, epochs=800, restarts=1),
     "barlow_twins": BARLOW,
     "barlow_twins_lincls": dict(weight_decays=[1e-6], batch_size=256, epochs=100, milestones=None,
-                                nesterov=False, jitter=False, depths=False, held_out=0, peak=0.3),
+                                nesterov=False, jitter=False, depths=False, held_out=0, peak=0.3,
+                                interpolation="bilinear"),
     "barlow_twins_depths": dict(weight_decays=[1e-4], batch_size=256, epochs=90, milestones=[30, 60, 90],
-                                nesterov=True, jitter=True, depths=True, held_out=0, peak=0.01),
-    "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07),
+                                nesterov=True, jitter=True, depths=True, held_out=0, peak=0.01,
+                                interpolation="bilinear"),
+    "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07, interpolation="bilinear"),
+    "barlow_twins_semisup_1": dict(FEW_LABELS, label_fraction=0.01, epochs=20, peak=0.002, head_lr=0.5),
+    "barlow_twins_semisup_10": dict(FEW_LABELS, label_fraction=0.1, epochs=20, peak=0.002, head_lr=0.5),
     "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
                           costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
     "seed_efficientnet_b0": dict(SEED, arch="efficientnet_b0", teacher_arch="resnet50w2", epochs=800),
     "seed_mobilenet_v3_large": dict(SEED, arch="mobilenet_v3_large", teacher_arch="resnet50w2", epochs=800),
     "seed_resnet50": dict(SEED, arch="resnet50", teacher_arch="resnet50w4", epochs=400),
     "seed_lincls": dict(weight_decays=[0], batch_size=256, epochs=100, milestones=[60, 80], nesterov=False,
-                        held_out=0, peak=30),
-    "resnet50_lincls": dict(LINEAR, peak=0.2),
-    "vit_s_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.08),
-    "vit_b_lincls": dict(LINEAR, n_last_blocks=4, mean_of_patches=False, peak=0.006),
-    **{f"{arch}_semisup_1": dict(label_fraction=0.01, epochs=20, peak=0.04, head_lr=0.2, batch_size=256)
+                        held_out=0, peak=30, interpolation="bilinear"),
+    "resnet50_lincls": dict(LINEAR, peak=0.2, interpolation="bilinear"),
+    "vit_s_lincls": dict(LINEAR, interpolation="bicubic", n_last_blocks=4, mean_of_patches=False, peak=0.08),
+    "vit_b_lincls": dict(LINEAR, interpolation="bicubic", n_last_blocks=4, mean_of_patches=False, peak=0.006),
+    **{f"{arch}_semisup_1": dict(FEW_LABELS, label_fraction=0.01, epochs=20, peak=0.04, head_lr=0.2)
        for arch in ("resnet50", "resnet50w2", "vit_b")},
-    **{f"{arch}_semisup_10": dict(label_fraction=0.1, epochs=20, peak=0.02, head_lr=0.2, batch_size=256)
+    **{f"{arch}_semisup_10": dict(FEW_LABELS, label_fraction=0.1, epochs=20, peak=0.02, head_lr=0.2)
        for arch in ("resnet50", "resnet50w2", "vit_b")},
-    **{f"{arch}_semisup_100": dict(label_fraction=1, epochs=30, peak=0.01, head_lr=0.2, batch_size=256)
+    **{f"{arch}_semisup_100": dict(FEW_LABELS, label_fraction=1, epochs=30, peak=0.01, head_lr=0.2)
        for arch in ("resnet50", "resnet50w2", "vit_b")},
 }
 OURS = {"fashion_mnist", "fashion_mnist_barlow", "fashion_mnist_teacher", "fashion_mnist_seed",
@@ -118,7 +125,7 @@ def networks(tmp_path_factory):
 
 TRAINED = [recipe for recipe in RECIPES if stage_of(recipe) in SMALL]
 ALIKE = [recipe for recipe in TRAINED               # they differ from another in numbers or the network alone
-         if re.match("resnet50w2|vit_b|resnet50_1000|resnet50_semisup_10|seed_(resnet|mobile)", recipe)]
+         if re.match("resnet50w2|vit_b|resnet50_1000|.*_300|.*_semisup_10|seed_(resnet|mobile)", recipe)]
 
 
 def test_a_recipe_that_trains_nothing(here, networks, tmp_path):

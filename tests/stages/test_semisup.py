@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import log_lines, metrics_of, run, saved_network, weights
+from processes import log_lines, metrics_of, run, same, saved_network, weights
 from torch import nn
 
 import checkpoint
@@ -115,15 +115,21 @@ def test_a_fraction_is_balanced_seeded_and_can_be_given_back(sizes, tmp_path):
 
 
 # ---------------------------------------------------------------- whole runs
-def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here):
-    """Its own loop: SGD with two learning rates, CosineAnnealingLR by epoch, batch norms in training mode."""
-    here(small(network, tmp_path / "run"))
+@pytest.mark.parametrize("steps", [False, True])
+def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here, steps):
+    """Its own loop: SGD with two learning rates, CosineAnnealingLR by epoch, batch norms in training mode; or
+    with weight decay, MultiStepLR and bilinear pictures."""
+    flags = "--weight-decay 0.1 --milestones 1 3 --interpolation bilinear" if steps else ""
+    here(f"{small(network, tmp_path / 'run')} {flags}")
     metrics = metrics_of(tmp_path / "run")
     assert metrics["num_train"] == 128 and metrics["num_test"] == 256 and "held_out_top1" not in metrics
     backbone, config = checkpoint.load_pretrained(network)
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train").subset(draw_labels(build_dataset("fake", "train"), 0.25, 0))
-    views = Views([(size, dict(scale=(0.08, 1)))], mean, std)
+    if steps:
+        config["interpolation"] = "bilinear"
+    crop = dict(scale=(0.08, 1), interpolation=config.get("interpolation", "bicubic"))
+    views = Views([(size, crop)], mean, std)
     batches = Batches(dataset, 32, views, seed=0)
     torch.manual_seed(0)
     linear = nn.Linear(128, 10)
@@ -131,8 +137,11 @@ def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here):
     nn.init.zeros_(linear.bias)
     model = nn.Sequential(backbone, linear).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD([dict(params=backbone.parameters(), lr=0.3 / 8),
-                                 dict(params=linear.parameters(), lr=1 / 8)], momentum=0.9, weight_decay=0)
+                                 dict(params=linear.parameters(), lr=1 / 8)], momentum=0.9,
+                                weight_decay=0.1 * steps)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    if steps:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], gamma=0.1)
     for step in range(4 * 4):
         images, uniforms, labels = batches[step]
         loss = F.cross_entropy(model(views(images, uniforms)[0]), labels)
@@ -159,8 +168,27 @@ def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here):
     assert (predicted == test.labels).double().mean().item() == metrics["test_top1"] > 0.3
 
     # the list that was written gives the same run
-    here(small(network, tmp_path / "again", labels=f"--labels {tmp_path}/run/labels.txt"))
+    here(small(network, tmp_path / "again", labels=f"--labels {tmp_path}/run/labels.txt {flags}"))
     assert metrics_of(tmp_path / "again") == metrics
+
+
+def test_noise_of_the_network_is_resumed(here, tmp_path, monkeypatch):
+    """A MobileNet has dropout: a run in two halves sees the same noise."""
+    network = saved_network(tmp_path / "network.pth", "--data fake --arch mobilenet_v3_large --image-size 16")
+    flags = f"--checkpoint {network} --label-fraction 0.1 --batch-size 12 --epochs 1 --save-every 2"
+    here(f"semisup.py {flags} --output-dir {tmp_path}/whole")
+
+    def save_and_stop(path, state):
+        checkpoint.save_checkpoint(path, state)
+        if state["step"] == 2:
+            raise SystemExit(99)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run.save_checkpoint", save_and_stop)
+        here(f"semisup.py {flags} --output-dir {tmp_path}/halves", code=99)
+    here(f"semisup.py {flags} --output-dir {tmp_path}/halves")
+    assert log_lines(tmp_path / "whole")[0]["config"]["total_steps"] == 4
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
 
 
 def test_held_out_images_leave_the_test_set_alone(network, tmp_path, here):
@@ -209,6 +237,8 @@ def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
     command = small(network, tmp_path).replace("--batch-size 32", "--batch-size 36")
     run(command, ranks=2)
     two, predictions = metrics_of(tmp_path), predictions_of(tmp_path)
+    first, second = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]
+    assert not first[0].equal(second[0])                       # each process has its own noise for dropout
     assert two["test_top1"] > 0.3 and len(predictions) == 256
     for n in (1, 3):
         (tmp_path / "metrics.json").unlink()
