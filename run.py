@@ -39,8 +39,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # save, then exi
 MOST_OVERFLOWS = 20              # of fp16, in a row: a scale 2^20 times smaller did not help
 CHECK_EVERY = 50                 # the ranks agree at least every so many steps
 # These flags change where and how fast a run computes, not what; they may differ when it resumes.
-FREE_FLAGS = {"workers", "print_every", "save_every", "device", "amp", "output_dir", "timeout", "resume",
-              "overwrite", "data_dir"}
+FREE_FLAGS = {"workers", "print_every", "save_every", "knn_every", "device", "amp", "output_dir", "timeout",
+              "resume", "overwrite", "data_dir"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
              "log.jsonl", "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt",
              "checkpoint.damaged.pth")
@@ -199,6 +199,8 @@ class Run:
         if self.world_size > 1:                          # every rank resumes from what rank 0 read
             dist.broadcast_object_list(state)
         self.state, self.start, self.parts = state[0], 0, {}
+        amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
+        self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
         self.caught, self.stopped_by, self.waited = [], None, 0.0
         self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
@@ -220,7 +222,7 @@ class Run:
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
                         part.copy_(torch.as_tensor(self.state[name]))
-                    else:
+                    elif self.state[name] or name != "scaler":       # a run without fp16 has no scale
                         part.load_state_dict(self.state[name])
                 states = self.state.get("rng", ())
                 if len(states) == self.world_size:       # else a rank's noise is drawn anew
@@ -263,7 +265,7 @@ class Run:
             self.write(dict(resumed_from=self.start) if self.start else dict(command=command, config=config))
         resumed = f"; resumed from step {self.start}" if self.start else ""
         self.say(f"{self.total_steps - self.start:,} steps to go; {self.world_size} process(es) on "
-                 f"{self.device}, amp {self.args.amp}{resumed}")
+                 f"{self.device}, amp {self.amp}{resumed}")
         for signum in SIGNALS:
             signal.signal(signum, lambda signum, frame: self.caught.append(signum))
         self.since, self.logged = time.time(), self.start
@@ -371,8 +373,9 @@ class Run:
                 for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
     def entries(self):
-        """The training lines of the log so far, a list of dicts."""
-        return list(read_log(self.out / "log.jsonl").values())
+        """The training lines of the log so far, a list of dicts by step."""
+        entries = read_log(self.out / "log.jsonl")       # not by step if a resumed run printed more often
+        return [entries[step] for step in sorted(entries)]
 
     def write(self, entry):
         """Appends an entry to log.jsonl."""
@@ -398,12 +401,13 @@ class Run:
         metrics.json says that a run is finished, so it is written last. files: others that the stage wrote.
         """
         if self.rank == 0:
-            metrics = metrics or read_log(self.out / "log.jsonl")[self.total_steps]
+            # a crash of the machine may have cost the log its last lines; `step` tells what is left
+            metrics = metrics or [dict(step=self.total_steps), *self.entries()][-1]
             write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=1).encode())
             self.write(dict(step=self.total_steps, status="done"))
-            written = [name for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json")
-                       if (self.out / name).exists()]
-            self.say(f"done: {', '.join([*written, *files])} in {self.out}")
+            names = ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json", *files)
+            written = [name for name in names if (self.out / name).exists()]
+            self.say(f"done: {', '.join(written)} in {self.out}")
         self.end(0)
 
     def end(self, code, message=None):

@@ -118,7 +118,7 @@ def begun(tmp_path, monkeypatch):
         while locks:
             locks.pop().close()
         args = dict(output_dir=str(tmp_path / "run"), resume="auto", overwrite=False, print_every=1000,
-                    save_every=1000, batch_size=8, amp="off", timeout=60, lr=lr, workers=0)
+                    save_every=1000, batch_size=8, amp="off", timeout=60, lr=lr, workers=0, knn_every=1)
         args = argparse.Namespace(**{**args, **flags})
         model = model or nn.Linear(2, 1)
         begun = Run(args, "toy", CPU, steps, epoch, config)
@@ -522,7 +522,7 @@ def test_other_flags_are_refused_and_named(flags, message, begun):
 
 def test_flags_of_the_machine_may_differ(begun, tmp_path):
     out = saved(begun, workers=0)
-    assert begun(2, workers=3, print_every=7, save_every=2, amp="bf16", timeout=5).start == 1
+    assert begun(2, workers=3, print_every=7, save_every=2, knn_every=0, amp="bf16", timeout=5).start == 1
     assert begun(2, output_dir=str(tmp_path / "new"), resume=str(out / "checkpoint.pth")).start == 1
     assert begun(2, lr=0.3, overwrite=True).start == 0
 
@@ -570,8 +570,9 @@ def test_metrics_are_written_last(begun, monkeypatch, capsys):
         done.watch(NORM, NORM)
         if done.logging:
             done.log("loss {loss}", loss=1.0)
+    (done.out / "curves.png").write_bytes(b"drawn")
     with pytest.raises(SystemExit) as stop:
-        done.done(files=["curves.png"])
+        done.done(files=["curves.png", "not_drawn.png"])
     assert not stop.value.code
     assert written == ["config.json", "backbone.pth", "checkpoint.pth", "metrics.json"]
     assert log_lines(done.out)[-1] == dict(step=2, status="done")
@@ -588,6 +589,14 @@ def test_metrics_are_the_last_line_of_the_log_or_those_given(begun):
         with pytest.raises(SystemExit):
             done.done(metrics)
         assert metrics_of(done.out) == (metrics or losses(done.out)[-1])
+
+
+def test_curves_run_by_step(begun):
+    """A run that resumes from an earlier step may print more often than the log has lines there."""
+    log = begun(8)
+    lines = [f'{{"step": {step}, "loss": 1}}\n' for step in (2, 4, 6, 3, 4, 5, 6, 8)]
+    (log.out / "log.jsonl").write_text("".join(lines))
+    assert [entry["step"] for entry in log.entries()] == [2, 3, 4, 5, 6, 8]
 
 
 # ---------------------------------------------------------------- the log

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +312,46 @@ def test_weights_that_are_not_finite(tried, tmp_path):
     flags = f"{STAGES['pretrain'].replace('--ema 0.9', '')} {flags}"
     err = tried("pretrain", f"{flags} --output-dir {tmp_path}", 3)
     assert "at step 1 the weights are not finite" in err and not list(tmp_path.glob("check*"))
+
+
+@pytest.mark.parametrize("before, after", [("off", "fp16"), ("fp16", "off"), ("fp16", "bf16")])
+def test_precision_may_change_when_a_run_resumes(before, after, tried, here, tmp_path, monkeypatch):
+    flags = f"pretrain.py {STAGES['pretrain']} --print-every 2 --output-dir {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "watch", stop_after(12))
+        here(f"{flags} --amp {before}", 143)
+    said, _ = here(f"{flags} --amp {after}")
+    assert f"amp {after} (was {before}); resumed from step 12" in said
+    assert (content(tmp_path / "checkpoint.pth")["scaler"] == {}) == (after != "fp16")
+
+
+def stop_after(step):
+    """Run.watch of a run that gets SIGTERM in this step."""
+    watch = run.Run.watch
+
+    def watched(self, *args, **kwargs):
+        if self.step + 1 == step:
+            self.caught.append(signal.SIGTERM)
+        watch(self, *args, **kwargs)
+    return watched
+
+
+@pytest.mark.parametrize("stage, lost", [("barlow", 1), *((stage, 1000) for stage in STAGES)])
+def test_a_log_that_lost_its_last_lines(stage, lost, straight, here, tmp_path):
+    """A crash of the machine after the last save: the run is finished by the same command all the same."""
+    flags, out, *_ = straight(stage)
+    shutil.copytree(out, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    (tmp_path / "run/metrics.json").unlink()
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    trained = [line for line in lines if '"loss"' in line][:-lost]
+    (tmp_path / "run/log.jsonl").write_text("".join(trained))
+    here(f"{stage}.py {flags} --output-dir {tmp_path}/run", pictures=lost > 1)
+    assert log_lines(tmp_path / "run")[-1]["status"] == "done"
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    own = stage in ("lincls", "semisup")                       # these measure once more
+    expected = json.loads(trained[-1]) if trained else dict(step=metrics.get("step"))
+    assert found == (metrics if own else expected)
 
 
 @pytest.mark.slow
