@@ -422,7 +422,8 @@ def num_workers(wanted, dataset, world_size=1):
 def own_group(worker):
     """The worker_init_fn of loaders. A terminal and torchrun send signals to the whole process group; in a
     group of their own, the workers live until the run has saved."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):                    # Windows has no such groups
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------- batches to evaluate
@@ -464,7 +465,8 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     if dataset.images is None:
         batches = torch.utils.data.DataLoader(
             CentreCrops(dataset, size), batch_size, num_workers=num_workers(workers, dataset),
-            collate_fn=_stack_readable, worker_init_fn=own_group)
+            collate_fn=_stack_readable, worker_init_fn=own_group,
+            generator=torch.Generator())          # else it draws from the generator that drop path uses
     else:
         batches = dataset.images.split(batch_size)
     for images in batches:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, wait_until
 
 import checkpoint
+import data
 import pretrain
 import run
 
@@ -323,6 +325,16 @@ def test_precision_may_change_when_a_run_resumes(before, after, tried, here, tmp
     said, _ = here(f"{flags} --amp {after}")
     assert f"amp {after} (was {before}); resumed from step 12" in said
     assert (content(tmp_path / "checkpoint.pth")["scaler"] == {}) == (after != "fp16")
+
+
+def test_an_evaluation_leaves_the_noise_of_training_alone(tmp_path):
+    """So --knn-every may differ when a run resumes, also one of pictures with drop path."""
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    dataset, before = data.build_dataset(str(tmp_path), "test", 0, "datasets"), torch.get_rng_state()
+    config = dict(data=str(tmp_path), image_size=16, mean=None, std=None)
+    assert [len(x) for x in data.eval_batches(dataset, config, "cpu")] == [4]
+    assert torch.get_rng_state().equal(before)
 
 
 def stop_after(step):
