@@ -30,8 +30,20 @@ class UserError(Exception):
 
 def to_stderr(line):
     """Prints a line to stderr in one write, so that lines of several processes do not mix."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    _write(sys.stderr, line + "\n")
+
+
+def to_stdout(line, end="\n"):
+    """Prints a line at once."""
+    _write(sys.stdout, line + end)
+
+
+def _write(stream, text):
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:      # the reader has left (`| head -1`): from now on nothing is shown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(name):
@@ -216,7 +228,7 @@ def build_ours(config, weights, path, drop_path=0.0):
 
 def _say(line):
     if os.environ.get("RANK", "0") == "0":
-        print(line)
+        to_stdout(line)
 
 
 # ---------------------------------------------------------------- backbones from files of any project

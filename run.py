@@ -32,6 +32,7 @@ from checkpoint import (
     load_last_checkpoint,
     save_checkpoint,
     to_stderr,
+    to_stdout,
     write_atomically,
 )
 
@@ -122,6 +123,11 @@ def launch(main, parser, argv=None):
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         # Python 3.14 would start workers from a server, which a signal to the process group kills
         multiprocessing.set_start_method("fork")
+    atexit.register(to_stdout, "", end="")       # else what is left for a closed pipe ends in a traceback
+    sources = [vars(args)[name] for name in ("checkpoint", "teacher", "predictions", "data") if name in args]
+    sources = " and ".join(filter(None, sources))
+    if sources and os.environ.get("RANK", "0") == "0":            # reading may take minutes
+        to_stdout(f"{parser.prog}: reading {sources}")
     try:
         sys.exit(main(args))
     except KeyboardInterrupt:
@@ -201,7 +207,8 @@ class Run:
         self.state, self.start, self.parts = state[0], 0, {}
         amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
         self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
-        self.caught, self.stopped_by, self.waited = [], None, 0.0
+        self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
+        self.training, self.code = True, None            # code: set where the run ends
         self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
         self.overflows = torch.zeros((), dtype=torch.long, device=device)        # of fp16, in a row
@@ -267,8 +274,8 @@ class Run:
         self.say(f"{self.total_steps - self.start:,} steps to go; {self.world_size} process(es) on "
                  f"{self.device}, amp {self.amp}{resumed}")
         for signum in SIGNALS:
-            signal.signal(signum, lambda signum, frame: self.caught.append(signum))
-        self.since, self.logged = time.time(), self.start
+            signal.signal(signum, self.answer)
+        self.since, self.logged, self.step = time.time(), self.start, self.start - 1
         for step in range(self.start, self.total_steps):
             self.step, done = step, step + 1
             self.epoch = step // self.steps_per_epoch + 1
@@ -276,6 +283,8 @@ class Run:
             self.logging = done % self.args.print_every == 0 or self.epoch_ends
             self.saving = done % self.args.save_every == 0 or done == self.total_steps
             yield step
+            if step == self.start and not self.logging:  # the first line of progress may take minutes
+                self.say(f"first step done after {time.time() - self.since:.1f} s", keep=False)
             if self.saving or self.stopped_by:
                 self.save()
             if self.stopped_by:
@@ -283,6 +292,36 @@ class Run:
                 self.say(f"stopped by {self.stopped_by.name} after step {done}, saved; "
                          "the same command resumes")
                 self.end(128 + self.stopped_by)
+        self.training = False
+        if self.caught:                                  # during the last save
+            self.end_at_once(self.caught[0])
+
+    def answer(self, signum, frame):
+        """Handles a signal: the first is answered after a step, one more, or one after training, at once."""
+        if self.training and not self.caught:
+            self.caught.append(signum)
+            self.asked = time.time()
+            steps = min(CHECK_EVERY, self.args.print_every, self.args.save_every)
+            when = "this step" if self.world_size == 1 else f"at most {steps} steps"
+            self.shout(f"{signal.Signals(signum).name}: stopping after {when}; once more ends at once")
+        elif not self.training or time.time() - self.asked > 0.5:      # a launcher may repeat a terminal's
+            self.end_at_once(signum)
+
+    def end_at_once(self, signum):
+        """Ends this process and its workers without saving; the other ranks notice that it is gone."""
+        if self.code is None:
+            name = signal.Signals(signum).name
+            self.write(dict(step=self.step + 1, status=f"stopped by {name} at once"))
+            self.shout(f"stopped by {name} at once; the same command resumes from the last checkpoint")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(128 + signum if self.code is None else self.code)
+
+    def shout(self, line):
+        """Prints a line from a handler of signals, where print() may fail because it is running already."""
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(1, b"\n" * sys.stdout.isatty() + f"{line}\n".encode())
 
     def next(self, loader):
         """next(loader). The log tells which share of the time a run waits for its loader (`waiting`)."""
@@ -387,12 +426,12 @@ class Run:
         if self.rank > 0:
             return
         if not sys.stdout.isatty():
-            print(line, flush=True)
+            to_stdout(line)
         elif keep:
-            print(f"\r\033[K{line}", flush=True)
+            to_stdout(f"\r\033[K{line}")
         else:
             width = shutil.get_terminal_size().columns - 1       # a line that wraps cannot be replaced
-            print(f"\r\033[K{line[:width]}", end="", flush=True)
+            to_stdout(f"\r\033[K{line[:width]}", end="")
 
     # ---- the end
     def done(self, metrics=None, files=()):
@@ -412,6 +451,7 @@ class Run:
 
     def end(self, code, message=None):
         """Ends all ranks together, so that none mistakes another's exit for a crash."""
+        self.code = code
         if message and self.rank == 0:
             self.say(f"ended at step {self.step + 1}")
             to_stderr(f"{self.stage}.py: error: {message}")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import functools
 import importlib
 import json
 import math
@@ -11,6 +12,8 @@ import os
 import re
 import signal
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -56,6 +59,7 @@ def get_parser():
     parser.add_argument("--print-every", type=at_least(1), default=2)
     parser.add_argument("--save-every", type=at_least(1), default=3)
     parser.add_argument("--timeout", type=at_least(1, float), default=60)
+    parser.add_argument("--worker", action="store_true", help="have a data-loader worker")
     parser.add_argument("--disturb", nargs=3, metavar=("WHAT", "STEP", "RANK"), default=("", 0, 0))
     return parser
 
@@ -73,6 +77,10 @@ def main(args):
     torch.manual_seed(rank)
     toy = Run(args, "toy", CPU, args.steps, args.epoch, config)
     toy.track(model=model, teacher=None, optimizer=optimizer, count=count)
+    if args.worker:
+        mark = functools.partial(write_pid, toy.out)
+        workers = iter(torch.utils.data.DataLoader(range(1000), num_workers=1, worker_init_fn=mark))
+        next(workers)
     loader = (torch.arange(8.0).view(2, 4) + step for step in range(toy.start, args.steps))
     for step in toy.steps():
         disturbed = step + 1 == bad_step and rank == bad_rank
@@ -89,14 +97,29 @@ def main(args):
         count += 1
         if disturbed and what == "weights":
             model.head.bias.data.fill_(math.inf)
-        if disturbed and what.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[what])
+        if disturbed:
+            send(what)
         toy.watch(loss, norm)
         if toy.logging:
             mean = toy.average(rank=torch.tensor(rank), of_two=torch.tensor([[1.0, rank]]))
             toy.log("loss {loss:.3f}", loss=loss.total.item(), rank=mean["rank"].item(),
                     of_two=mean["of_two"].tolist())
+    if bad_step > args.steps and rank == bad_rank:
+        send(what)
     toy.done()
+
+
+def write_pid(folder, worker):
+    (folder / "worker.pid").write_text(str(os.getpid()))
+
+
+def send(signals):
+    """Sends itself signals, such as SIGINT or SIGINT+wait+SIGINT."""
+    for name in signals.split("+"):
+        if name == "wait":
+            time.sleep(0.7)
+        elif name.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[name])
 
 
 SELDOM = "--steps 60 --epoch 60 --print-every 1000 --save-every 1000"
@@ -476,6 +499,57 @@ def test_signal_is_answered(ranks, signum, step, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == step
 
 
+@pytest.mark.parametrize("signals, answered", [("SIGINT", 130), ("SIGINT+SIGTERM", 130),
+                                               ("SIGINT+wait+SIGTERM", 143)])
+def test_a_second_signal_ends_at_once(signals, answered, tmp_path):
+    """Unless it comes with the first, as from a terminal and its launcher. What will happen is said at once."""
+    said, error = toy(tmp_path, f"--disturb {signals} 5 0", answered)
+    assert "\nSIGINT: stopping after this step; once more ends at once\n" in said and not error
+    at_once = "wait" in signals
+    assert said.endswith("stopped by SIGTERM at once; the same command resumes from the last checkpoint\n" if
+                         at_once else "stopped by SIGINT after step 5, saved; the same command resumes\n")
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == (3 if at_once else 5)
+    status = "stopped by SIGTERM at once" if at_once else "stopped by SIGINT, saved"
+    assert log_lines(tmp_path)[-1] == dict(step=5, status=status)
+
+
+def test_a_second_signal_ends_the_other_ranks(tmp_path):
+    """Which learn of the first one at the next save."""
+    said, error = toy(tmp_path, f"{SELDOM} --save-every 9 --disturb SIGINT+wait+SIGINT 5 0", 130, ranks=2)
+    assert "SIGINT: stopping after at most 9 steps; once more ends at once\n" in said
+    assert "stopped by SIGINT at once" in said and not list(tmp_path.glob("*.pth"))
+    assert error.count("\n") == 1 and "rank 1: another process of this run died" in error
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_after_the_last_step_is_answered_at_once(ranks, tmp_path):
+    """Evaluations have nothing to save; the same command makes them again."""
+    said, _ = toy(tmp_path, "--disturb SIGTERM 21 0", 143, ranks)
+    assert said.endswith("stopped by SIGTERM at once; the same command resumes from the last checkpoint\n")
+    assert log_lines(tmp_path)[-1] == dict(step=20, status="stopped by SIGTERM at once")
+    toy(tmp_path, ranks=ranks)
+    assert log_lines(tmp_path)[-1]["status"] == "done"
+
+
+def test_a_signal_in_the_last_save_is_answered(begun):
+    ended, last = [], begun(2)
+    for step in last.steps():
+        last.watch(NORM, NORM)
+        if step == 1:
+            last.end_at_once = ended.append
+            last.save = lambda: last.answer(signal.SIGTERM, None)
+    assert ended == [signal.SIGTERM]
+
+
+def test_workers_end_with_a_second_signal(tmp_path):
+    """At once; by themselves they notice after seconds that their process is gone."""
+    toy(tmp_path, "--worker --disturb SIGINT+wait+SIGINT 5 0", 130)
+    worker, ended = Path("/proc") / (tmp_path / "worker.pid").read_text(), time.time()
+    while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
+        assert time.time() < ended + 2
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_run_has_the_same_noise(ranks, tmp_path):
@@ -651,9 +725,37 @@ def test_average_over_two_processes(tmp_path):
     said, error = toy(tmp_path, ranks=2)
     lines = said.splitlines()
     assert error == "" and "2 process(es) on cpu" in lines[1] and lines[-1].startswith("done: ")
-    assert [line.split()[1] for line in lines[2:-1]] == [f"{step}/20" for step in range(2, 21, 2)]
+    assert lines[2].startswith("first step done after ")
+    assert [line.split()[1] for line in lines[3:-1]] == [f"{step}/20" for step in range(2, 21, 2)]
     for entry in losses(tmp_path):
         assert entry["rank"] == 0.5 and entry["of_two"] == [[1.0, 0.5]]
+
+
+@pytest.mark.parametrize("print_every", [1, 50])
+def test_first_step_is_a_sign_of_life(print_every, begun, monkeypatch, capsys):
+    """A line at once, of the log or of text."""
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    slow = begun(100, print_every=print_every)
+    for step in slow.steps():
+        clock.now += 4.5
+        slow.watch(NORM, NORM)
+        if slow.logging:
+            slow.log("loss {loss}", loss=1.0)
+        if step == 1:
+            break
+    said = capsys.readouterr().out.splitlines()[2:]
+    assert said[0].startswith("step 1/100 | loss 1.0" if print_every == 1 else "first step done after 4.5 s")
+    assert len(said) == (2 if print_every == 1 else 1)
+
+
+def test_what_is_read_is_said_before_it_is(capsys):
+    parser = flags_parser()
+    parser.add_argument("--data", default="my/pictures")
+    parser.add_argument("--checkpoint", default="a.pth")
+    with pytest.raises(SystemExit):
+        launch(lambda args: None, parser, [])
+    assert capsys.readouterr().out == "toy.py: reading a.pth and my/pictures\n"
 
 
 def test_average_of_one_process_keeps_shapes(begun):
