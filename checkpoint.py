@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,9 +118,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)      # only a flushed folder keeps a name in a power cut
-        os.fsync(folder)
-        os.close(folder)
+        with suppress(PermissionError):                 # Windows opens no folder
+            folder = os.open(path.parent, os.O_RDONLY)  # only a flushed one keeps a name in a power cut
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:                    # torch.save turns some into a RuntimeError
         if "DataLoader worker" in str(error):                   # a worker was killed meanwhile: not our error
             raise

@@ -7,6 +7,7 @@ The order of the images and the random numbers of their views are functions of t
 sees the same for any number of processes and workers, and wherever it was stopped.
 """
 
+import difflib
 import gzip
 import os
 import stat
@@ -149,7 +150,9 @@ def build_dataset(name, split, seed=0, data_dir="datasets"):
     if name in INPUTS:
         return _from_torchvision(name, split, data_dir)
     if not os.path.exists(name):
-        raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list")
+        near = difflib.get_close_matches(name, INPUTS, 1)
+        raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list; "
+                        f"{f'did you mean {near[0]}?' if near else 'is the path right?'}")
     paths, labels, class_names = _find_pictures(Path(name), train)
     paths = np.array([os.fsencode(path) for path in paths])
     if labels is None:

@@ -5,15 +5,14 @@ A stage calls its Run; a Run never calls the stage. Delete it from a copied scri
 
 import argparse
 import atexit
+import difflib
 import errno
-import fcntl
 import io
 import json
 import math
 import multiprocessing
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -36,7 +35,13 @@ from checkpoint import (
     write_atomically,
 )
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # save, then exit with 128 + number
+try:
+    import fcntl
+    import resource
+except ImportError:              # Windows has neither, and no SIGUSR1
+    fcntl = resource = None
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 MOST_OVERFLOWS = 20              # of fp16, in a row: a scale 2^20 times smaller did not help
 CHECK_EVERY = 50                 # the ranks agree at least every so many steps
 # These flags change where and how fast a run computes, not what; they may differ when it resumes.
@@ -80,18 +85,47 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(parser, argv=None):
     """Parses flags and `@file`s, which hold lines of `--flag value` and # comments.
 
-    A later value wins, so flags behind an @file override it. `--num_classes` is read as `--num-classes`, and
-    the --local-rank of old launchers is ignored. A mistake is one line on stderr and exit code 2.
+    In a file, a value with spaces stands in quotes, and a # begins a comment at the start of a word. A later
+    value wins, so flags behind an @file override it. `--num_classes` is read as `--num-classes`, and the
+    --local-rank of old launchers is ignored. A mistake is one line on stderr and exit code 2.
     """
     parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = lambda line: _hyphens(line.split("#")[0].split())
-    parser.error = lambda message: _exit(parser.prog, message)
+    parser.convert_arg_line_to_args = lambda line: _hyphens(_words(line, parser))
+    parser.error = lambda message: _exit(parser.prog, message + _did_you_mean(message, parser))
     parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
     del args.local_rank
     if getattr(args, "amp", None) == "auto":
         args.amp = "bf16" if args.device == "cuda" else "off"
     return args
+
+
+def _words(line, parser):
+    """The words of a line of an @file without its comment; in quotes they may have spaces and # in them."""
+    text = re.match(r"""(?:[^#'"]|(?<=\S)#|'[^']*'|"[^"]*")*""", line)[0]
+    if line[len(text):len(text) + 1] in ("'", '"'):
+        parser.error(f"{line.strip()}: a quote is not closed")
+    lexer = shlex.shlex(text, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""        # a path of Windows has \\
+    return list(lexer)
+
+
+def _did_you_mean(message, parser):
+    """What an error of argparse may have meant: the nearest flag, choice or file of flags."""
+    flag, choice, file = (re.search(pattern, message) for pattern in (
+        r"unrecognized arguments:.*?(--[\w-]+)", r"argument (--[\w-]+): invalid choice: '(.*?)'",
+        r"No such file or directory: '(.*?)'"))
+    if flag:
+        near = difflib.get_close_matches(flag[1], parser._option_string_actions)
+    elif choice:
+        choices = parser._option_string_actions[choice[1]].choices
+        near = difflib.get_close_matches(choice[2], map(str, choices))
+    elif file:
+        files = [*Path(file[1]).parent.glob("*.txt"), *Path("recipes").glob("*.txt")]
+        near = [f"@{path}" for path in difflib.get_close_matches(file[1], map(str, files))]
+    else:
+        return "; a value with spaces stands in quotes" if "unrecognized arguments" in message else ""
+    return f"; did you mean {near[0]}?" if near else f"; {parser.prog} --help lists what there is"
 
 
 def _hyphens(words):
@@ -110,6 +144,8 @@ def launch(main, parser, argv=None):
     2: the user can mend it (UserError, a full disk, too little memory). 1: another process of the run was
     lost, or a bug, which keeps its traceback. 130: Ctrl-C before the run can save.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")            # a pipe on Windows lacks most letters
     args = parse_args(parser, argv)
     rank, restarts, shared = (os.environ.get(name) for name in (
         "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
@@ -473,9 +509,11 @@ def set_rng_state(states, device):
 
 
 def memory_mib(device):
-    """Peak memory so far: of the CUDA device, else of this process."""
+    """Peak memory so far: of the CUDA device, else of this process, 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return 0
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
@@ -491,7 +529,7 @@ def open_output(args, stage, config):
     out, lock, state = Path(args.output_dir), None, None
     config = dict(config, stage=stage)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--output-dir {out}: is not a folder")
+        raise UserError(f"--output-dir {out}: is not a folder; choose another name")
     if out.is_dir():
         lock = _lock(out)
         there = [name for name in RUN_FILES if (out / name).exists()]
@@ -515,18 +553,22 @@ def open_output(args, stage, config):
                 (out / name).unlink(missing_ok=True)
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     return lock, state
 
 
 def _lock(out):
     try:
-        lock = open(out / ".lock", "w")
+        lock = open(out / ".lock", "a")
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl is None:
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
     except OSError as error:     # some network file systems have no locks
         to_stderr(f"warning: {out} cannot be locked ({error.strerror}): make sure that no other run uses it")
@@ -576,7 +618,7 @@ def make_evaluation_folder(path):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     return out
 
 

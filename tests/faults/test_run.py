@@ -20,7 +20,18 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from processes import STAGES, bounds_of, finish, log_lines, losses, metrics_of, resumed_from, same, start
+from processes import (
+    ROOT,
+    STAGES,
+    bounds_of,
+    finish,
+    log_lines,
+    losses,
+    metrics_of,
+    resumed_from,
+    same,
+    start,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -226,6 +237,19 @@ def test_files_of_flags(tmp_path):
     assert parsed("--num_classes", "3", "--num_classes=5", "--output-dir", "a_b") == (5, "a_b", None)
 
 
+@pytest.mark.parametrize("line, words", [
+    ("--lrs 30 60 90    # the code's default", ["--lrs", "30", "60", "90"]),
+    ("--output-dir 'my pictures'  # \"", ["--output-dir", "my pictures"]),
+    ('--output-dir="a # b"#c', ["--output-dir=a # b#c"]),
+    ("--output-dir set#2\t# of two", ["--output-dir", "set#2"]),
+    (r"--output-dir C:\new\dir", ["--output-dir", r"C:\new\dir"]), ("  # --lrs 1", []), ("", []), ("#", [])])
+def test_words_of_a_line_of_flags(line, words, tmp_path):
+    """A # that does not begin a word is no comment, and quotes keep spaces together."""
+    assert run._words(line, flags_parser()) == words
+    (tmp_path / "flags").write_text(line)
+    assert parse_args(flags_parser(), [f"@{tmp_path}/flags"]) == parse_args(flags_parser(), words)
+
+
 def test_flags_that_parse_args_resolves():
     for words in (["--local-rank", "1"], ["--local_rank=1"], []):
         args = parse_args(flags_parser(), words)
@@ -237,11 +261,22 @@ def test_flags_that_parse_args_resolves():
 
 @pytest.mark.parametrize("words, message", [
     ("--num-classes 1", "argument --num-classes: 1: must be a whole number of at least 2"),
-    ("--num-class 3", "unrecognized arguments: --num-class 3"), ("@nowhere.txt", "nowhere.txt"),
-    ("--lrs", "argument --lrs")])
-def test_mistakes_in_flags_are_one_line(words, message, capsys):
+    ("--lrs", "argument --lrs"),
+    ("--num-class 3", "unrecognized arguments: --num-class 3; did you mean --num-classes?"),
+    ("--zzz", "unrecognized arguments: --zzz; toy.py --help lists what there is"),
+    ("--output-dir my pictures", "arguments: pictures; a value with spaces stands in quotes"),
+    ("--arch resnet51", "'vit_s'); did you mean resnet50?"),
+    ("--arch=x", "; toy.py --help lists what there is"),
+    ("@recipes/resnet50_twoviews.txt", "did you mean @recipes/resnet50_two_views.txt?"),
+    ("@resnet50_two_views.txt", "did you mean @recipes/resnet50_two_views.txt?"),
+    ("@nowhere.txt", "nowhere.txt"), ("@{quote}", "--output-dir it's: a quote is not closed")])
+def test_mistakes_in_flags_are_one_line(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "quote").write_text("--output-dir it's\n")
+    parser = flags_parser()
+    parser.add_argument("--arch", choices=("resnet50", "vit_s"))
     with pytest.raises(SystemExit) as stop:
-        parse_args(flags_parser(), words.split())
+        parse_args(parser, words.format(quote=tmp_path / "quote").split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert err.startswith("toy.py: error: ") and message in err

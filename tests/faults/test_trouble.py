@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, wait_until
+from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, start, wait_until
 
 import checkpoint
 import data
@@ -384,3 +384,50 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert states["straight"]["scaler"]["scale"] > 1 and states["straight"]["scaler"]["_growth_tracker"] > 20
     assert same(states["straight"], states["killed"])
+
+
+# ---------------------------------------------------------------- flags that would have no effect
+@pytest.mark.parametrize("stages, flags, message", [
+    ("pretrain barlow", "--drop-path 0.1", "--drop-path: resnet8 is not a ViT; leave"),
+    ("pretrain barlow", "--zero-init-residual --arch vit_t", "--zero-init-residual: vit_t is not a ResNet"),
+    ("pretrain distill", "--small-images --arch vit_t", "--small-images: vit_t is not a ResNet; leave it"),
+    ("pretrain barlow selflabel distill", "--optimizer lars --beta2 0.5", "lars has no second beta; leave"),
+    ("pretrain barlow distill", "--mean 127", "--mean: one number for all channels or three, of pixels"),
+    ("pretrain", "--std 57 57 57", "or three, of pixels from 0 to 1"),
+    ("pretrain", "--data fashion_mnist", "nor a folder or list; did you mean fashion-mnist?")])
+def test_flags_without_effect_are_refused(stages, flags, message, tried, tmp_path):
+    for stage in stages.split():
+        usual = STAGES[stage].replace("--image-size 16", "--image-size 32")
+        assert message in tried(stage, f"{usual} {flags} --output-dir {tmp_path}/run")
+        assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- a reader who leaves
+def no_reader():
+    """Standard output becomes a pipe that nobody reads, as that of `| head -1` in the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)                    # the old one takes itself for a file
+
+
+def no_reader_of_either():
+    no_reader()
+    os.dup2(1, 2)
+    sys.stderr = open(2, "w", closefd=False)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "selflabel"])
+@pytest.mark.parametrize("closed", [no_reader, no_reader_of_either])
+def test_a_closed_pipe_stops_the_printing_not_the_run(stage, closed, straight, tmp_path):
+    flags, undisturbed, *_ = straight(stage)
+    said, error = finish(begin(stage, flags, tmp_path / "run", prepare=closed))
+    assert said == error == ""
+    assert content(tmp_path / "run/metrics.json") == content(undisturbed / "metrics.json")
+    assert len(log_lines(tmp_path / "run")) == len(log_lines(undisturbed))
+
+
+def test_an_evaluation_without_a_reader_writes_its_files(network, tmp_path):
+    command = f"knn.py --checkpoint {network} --k 5 --output-dir {tmp_path}"
+    assert finish(start(command, prepare=no_reader)) == ("", "")
+    assert (tmp_path / "metrics.json").exists()
