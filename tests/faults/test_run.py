@@ -537,7 +537,7 @@ def test_signal_is_answered(ranks, signum, step, tmp_path):
 @pytest.mark.parametrize("signals, answered", [("SIGINT", 130), ("SIGINT+SIGTERM", 130),
                                                ("SIGINT+wait+SIGTERM", 143)])
 def test_a_second_signal_ends_at_once(signals, answered, tmp_path):
-    """Unless it comes with the first, as from a terminal and its launcher. What will happen is said at once."""
+    """Unless it comes with the first, as from a terminal and its launcher. What will happen is said first."""
     said, error = toy(tmp_path, f"--disturb {signals} 5 0", answered)
     assert "\nSIGINT: stopping after this step; once more ends at once\n" in said and not error
     at_once = "wait" in signals
