@@ -144,8 +144,8 @@ def launch(main, parser, argv=None):
     2: the user can mend it (UserError, a full disk, too little memory). 1: another process of the run was
     lost, or a bug, which keeps its traceback. 130: Ctrl-C before the run can save.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")            # a pipe on Windows lacks most letters
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")        # a pipe on Windows lacks most letters
     args = parse_args(parser, argv)
     rank, restarts, shared = (os.environ.get(name) for name in (
         "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
@@ -224,7 +224,7 @@ class Run:
     A checkpoint is saved every --save-every steps and after the last one. A loss, gradient or weight that is
     not finite ends the process with code 3, a signal with 128 + its number, after saving. All ranks agree on
     that by one small collective at steps that log or save, and at least every 50 steps; a single process
-    answers a signal after the step that it is in.
+    answers a signal after the step that it is in. A second signal ends the process at once.
     """
 
     def __init__(self, args, stage, device, total_steps, steps_per_epoch, config=None):
@@ -244,7 +244,7 @@ class Run:
         amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
         self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
         self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
-        self.training, self.code = True, None            # code: set where the run ends
+        self.training, self.code, self.pid = True, None, os.getpid()     # code: set where the run ends
         self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
         self.overflows = torch.zeros((), dtype=torch.long, device=device)        # of fp16, in a row
@@ -334,20 +334,23 @@ class Run:
 
     def answer(self, signum, frame):
         """Handles a signal: the first is answered after a step, one more, or one after training, at once."""
+        if os.getpid() != self.pid:                      # a data-loader worker, which inherits the handler
+            return
         if self.training and not self.caught:
             self.caught.append(signum)
             self.asked = time.time()
             steps = min(CHECK_EVERY, self.args.print_every, self.args.save_every)
             when = "this step" if self.world_size == 1 else f"at most {steps} steps"
             self.shout(f"{signal.Signals(signum).name}: stopping after {when}; once more ends at once")
-        elif not self.training or time.time() - self.asked > 0.5:      # a launcher may repeat a terminal's
+        elif not self.training or time.time() - self.asked > 1:        # a launcher may repeat a terminal's
             self.end_at_once(signum)
 
     def end_at_once(self, signum):
         """Ends this process and its workers without saving; the other ranks notice that it is gone."""
         if self.code is None:
             name = signal.Signals(signum).name
-            self.write(dict(step=self.step + 1, status=f"stopped by {name} at once"))
+            with suppress(OSError):                      # the disk may be full
+                self.write(dict(step=self.step + 1, status=f"stopped by {name} at once"))
             self.shout(f"stopped by {name} at once; the same command resumes from the last checkpoint")
         for worker in multiprocessing.active_children():
             worker.kill()

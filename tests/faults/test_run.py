@@ -128,7 +128,7 @@ def send(signals):
     """Sends itself signals, such as SIGINT or SIGINT+wait+SIGINT."""
     for name in signals.split("+"):
         if name == "wait":
-            time.sleep(0.7)
+            time.sleep(1.1)
         elif name.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[name])
 
