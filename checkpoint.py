@@ -66,7 +66,7 @@ def save_checkpoint(path, state):
             os.replace(path, path.with_name(path.stem + ".prev" + path.suffix))
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); is its folder still there?") from None
 
 
 def load_checkpoint(path):

@@ -158,7 +158,7 @@ def _read_columns(path):
     """{name: array} of a .csv or .npz file."""
     path = Path(path)
     if path.suffix not in (".csv", ".npz"):
-        raise UserError(f"--predictions {path}: expected a .csv or .npz file")
+        raise UserError(f"--predictions {path}: expected a .csv or .npz file; save it as one of these")
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file:           # Excel writes a mark first
@@ -204,7 +204,8 @@ def read_mapping(path, num_clusters, class_names):
         mapping = metrics["mapping"]
         names = [str(name) for name in metrics["class_names"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
+        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r}); take "
+                        "one that cluster_eval.py wrote for data with labels") from None
     allowed = range(-1, len(names))
     valid = isinstance(mapping, list) and all(type(c) is int and c in allowed for c in mapping)
     if valid:
@@ -214,9 +215,11 @@ def read_mapping(path, num_clusters, class_names):
         raise UserError(f"--map-from {path}: not a mapping of clusters to its {len(names)} classes, "
                         "each one's at most once")
     if len(mapping) != num_clusters:
-        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
+        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}; "
+                        "take one of the same network")
     if class_names is not None and names != class_names:
-        raise UserError(f"--map-from {path}: its classes are others than those of --data")
+        raise UserError(f"--map-from {path}: its classes are others than those of --data; take one "
+                        "of the same classes")
     return mapping, names
 
 

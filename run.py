@@ -194,7 +194,7 @@ def _explain(error, args):
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
             place = error.filename or f"standard output, or the log in {out}"
-            return f"{place}: cannot be written ({error.strerror})", 2
+            return f"{place}: cannot be written ({error.strerror}); make room, and start it again", 2
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
         how_much = ". ".join(said.splitlines()[0].split(". ")[:2])
         return f"not enough memory ({how_much}); try a smaller --batch-size", 2
@@ -601,7 +601,8 @@ def refuse_misfit(args):
         said = str(error).strip().splitlines()[-1].strip() or type(error).__name__
         where = args.output_dir if args.resume == "auto" else args.resume
         raise UserError(f"{where}: its parts are not those of a run with these flags "
-                        f"({type(error).__name__}: {said[:200]})") from None
+                        f"({type(error).__name__}: {said[:200]}); another --output-dir, or --overwrite, "
+                        "starts anew") from None
 
 
 def make_evaluation_folder(path):

@@ -325,9 +325,10 @@ ENDS = {                         # what a stage does: exit code, error
     "worker's mistake": (lambda args: read_by_worker(UserError("--data x: broken")), 2, "--data x: broken"),
     "worker killed": (lambda args: read_by_worker(None), 1, "DataLoader worker .*; short of memory. Try "
                       "fewer --workers; the same command resumes from the last checkpoint"),
-    "disk full": (lambda args: raised(FULL), 2, r"runs/x: cannot be written \(No space left on device\)"),
+    "disk full": (lambda args: raised(FULL), 2, r"runs/x: cannot be written \(No space left on device\); "
+                  "make room, and start it again"),
     "output full": (lambda args: raised(QUOTA), 2, r"standard output, or the log in out: cannot be written "
-                    r"\(Disk quota exceeded\)"),
+                    r"\(Disk quota exceeded\); make room, and start it again"),
     "memory": (lambda args: raised(MemoryError()), 2, r"not enough memory \(MemoryError\); try a smaller "
                "--batch-size"),
     "torch's memory": (lambda args: torch.empty(2 ** 60), 2, r"not enough memory \(.*\); try a smaller "
