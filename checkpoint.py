@@ -16,6 +16,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,20 @@ class UserError(Exception):
 
 def to_stderr(line):
     """Prints a line to stderr in one write, so that lines of several processes do not mix."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    _write(sys.stderr, line + "\n")
+
+
+def to_stdout(line, end="\n"):
+    """Prints a line at once."""
+    _write(sys.stdout, line + end)
+
+
+def _write(stream, text):
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:      # the reader has left (`| head -1`): from now on nothing is shown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(name):
@@ -56,7 +69,7 @@ def save_checkpoint(path, state):
             os.replace(path, path.with_name(path.stem + ".prev" + path.suffix))
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); is its folder still there?") from None
 
 
 def load_checkpoint(path):
@@ -118,9 +131,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)      # only a flushed folder keeps a name in a power cut
-        os.fsync(folder)
-        os.close(folder)
+        with suppress(PermissionError):                 # Windows opens no folder
+            folder = os.open(path.parent, os.O_RDONLY)  # only a flushed one keeps a name in a power cut
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:                    # torch.save turns some into a RuntimeError
         if "DataLoader worker" in str(error):                   # a worker was killed meanwhile: not our error
             raise
@@ -373,7 +387,7 @@ def build_ours(config, weights, path, drop_path=0.0):
 def say_once(line):
     """Prints a line, in the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(line)
+        to_stdout(line)
 
 
 # ---------------------------------------------------------------- backbones from files of any project

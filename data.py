@@ -228,7 +228,9 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
     elif os.path.exists(name):
         dataset = _from_files(name, split, val_share, group_names)
     else:
-        raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list")
+        near = difflib.get_close_matches(name, INPUTS, 1)
+        raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list; "
+                        f"{f'did you mean {near[0]}?' if near else 'is the path right?'}")
     return _take_classes(dataset, classes, name) if classes else dataset
 
 
@@ -668,7 +670,8 @@ def num_workers(wanted, dataset):
 def own_group(worker):
     """The worker_init_fn of loaders. A terminal and torchrun send signals to the whole process group; in a
     group of their own, the workers live until the run has saved."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):                    # Windows has no such groups
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------- batches to evaluate
@@ -711,7 +714,8 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     if dataset.images is None:
         batches = torch.utils.data.DataLoader(
             CentreCrops(dataset, size, interpolation), batch_size, num_workers=num_workers(workers, dataset),
-            collate_fn=_stack_readable, worker_init_fn=own_group)
+            collate_fn=_stack_readable, worker_init_fn=own_group,
+            generator=torch.Generator())          # else it draws from the generator that drop path uses
     else:
         batches = dataset.images.split(batch_size)
     for images in batches:

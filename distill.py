@@ -102,19 +102,24 @@ def get_parser():
 def check(args, dataset, world_size):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
     for name in ("mean", "std"):
-        if len(getattr(args, name) or (0,)) not in (1, 3):
-            raise UserError(f"--{name}: one number for all channels or three")
+        values = getattr(args, name) or (0,)
+        if len(values) not in (1, 3) or max(values) > 1:
+            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
     if args.small_images and not args.arch.startswith("resnet"):
-        raise UserError(f"--small-images: {args.arch} is not a ResNet")
+        raise UserError(f"--small-images: {args.arch} is not a ResNet; leave it out")
+    if args.optimizer != "adamw" and args.beta2 != get_parser().get_default("beta2"):
+        raise UserError(f"--beta2: --optimizer {args.optimizer} has no second beta; leave it out")
     if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes; "
+                        "choose a multiple of their number")
     if args.batch_size > len(dataset):
-        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images")
+        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images; "
+                        "choose at most that many")
     if args.queue_size % args.batch_size:
         raise UserError(f"--queue-size {args.queue_size}: not divisible by --batch-size {args.batch_size}; "
                         f"{-(-args.queue_size // args.batch_size) * args.batch_size} would be")
     if args.milestones and args.schedule == "steps":
-        raise UserError("--milestones: needs --schedule epochs")
+        raise UserError("--milestones: add --schedule epochs, which alone reads them")
 
 
 def main(args):

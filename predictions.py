@@ -86,16 +86,16 @@ def read_predictions(path):
     Raises UserError that names the column.
     """
     columns = _read_columns(path)
-    labels = columns.get("labels", columns.get("label"))
-    predictions = columns.get("predictions", columns.get("prediction"))
+    label, prediction = (_heading(name, columns, path) for name in ("labels", "predictions"))
+    labels, predictions = columns.get(label), columns.get(prediction)
     probabilities = columns.get("probabilities")
-    matrix = np.ndim(probabilities) == 2 and probabilities.size > 0 and probabilities.dtype.kind in "fiu"
-    if predictions is None and matrix:
+    problem = None if probabilities is None else _problem_of_probabilities(probabilities)
+    if predictions is None and probabilities is not None and not problem:
         predictions = probabilities.argmax(1)
-    if labels is None or predictions is None:
-        missing = "labels" if labels is None else "predictions"
-        raise UserError(f"--predictions {path}: has no column '{missing}' (there are: {', '.join(columns)})")
-    problem = _problem(labels, predictions, probabilities)
+    if labels is None or predictions is None and not problem:
+        missing = label if labels is None else prediction
+        problem = f"has no column '{missing}', only {', '.join(columns) or 'an empty heading'}; rename that"
+    problem = problem or _problem(label, labels, prediction, predictions, probabilities)
     if problem:
         raise UserError(f"--predictions {path}: {problem}")
 
@@ -118,26 +118,40 @@ def read_predictions(path):
     return labels, predictions, probabilities, [str(n) for n in class_names], cluster_names.tolist(), remarks
 
 
-def _problem(labels, predictions, probabilities):
-    """What is wrong with the columns of a file; None if nothing is."""
-    for name, ids in (("labels", labels), ("predictions", predictions)):
+def _heading(name, columns, path):
+    """What a file calls a column, `label` or `labels`; if it has neither, what it should."""
+    is_csv = Path(path).suffix == ".csv"
+    return name[:-1] if name[:-1] in columns or is_csv and name not in columns else name
+
+
+def _problem_of_probabilities(probabilities):
+    """What is wrong with these columns of a file, and what to do; None if nothing is."""
+    if probabilities.ndim != 2 or probabilities.size == 0 or probabilities.dtype.kind not in "fiu":
+        return "column 'probabilities' is not two-dimensional, or no numbers; save an array [N, K]"
+    if not np.isfinite(probabilities).all():
+        return "column 'probabilities' has NaN or infinite values; leave such images out"
+    if probabilities.min() < 0 or probabilities.max() > 1.001:
+        return "column 'probabilities' has values below 0 or above 1, as logits; take their softmax first"
+    return None
+
+
+def _problem(label, labels, prediction, predictions, probabilities):
+    """What is wrong with the columns of a file, which have these headings; None if nothing is."""
+    for name, ids in ((label, labels), (prediction, predictions)):
         if ids.ndim != 1 or len(ids) == 0:
-            return f"column '{name}' is empty or not one-dimensional"
+            return f"column '{name}' is empty or not one-dimensional; it needs one value for each image"
         if ids.dtype.kind not in "iuUb":
-            return f"column '{name}' has gaps, or no integers or strings"
-    if len(predictions) != len(labels):
-        return f"{len(labels)} labels, but {len(predictions)} predictions"
+            return f"column '{name}' has gaps, or no integers or strings; fill it, or leave such images out"
+    for name, values in (("probabilities", probabilities), ("predictions", predictions)):
+        if values is not None and len(values) != len(labels):
+            return f"{len(labels)} labels, but {len(values)} {name}; each image needs both"
     if probabilities is not None:
-        if probabilities.ndim != 2 or probabilities.size == 0 or probabilities.dtype.kind not in "fiu":
-            return "column 'probabilities' is not two-dimensional, or no numbers"
-        if len(probabilities) != len(labels):
-            return f"{len(labels)} labels, but {len(probabilities)} probabilities"
-        if not (probabilities.min() >= 0 and probabilities.max() < np.inf):       # false for NaN
-            return "column 'probabilities' has NaN, infinite or negative values"
-        if predictions.dtype.kind not in "iu" or predictions.max() >= probabilities.shape[1]:
-            return "column 'predictions' has to hold column numbers of 'probabilities'"
+        K = probabilities.shape[1]
+        if predictions.dtype.kind not in "iu" or predictions.max() >= K:
+            return (f"column '{prediction}' has to hold column numbers of 'probabilities', 0 to {K - 1}; "
+                    "without that column the most probable one is taken")
     if labels.dtype.kind == "i" and labels.min() < 0:
-        return f"column 'labels' has {labels.min()}; leave such images out"
+        return f"column '{label}' has {labels.min()}; leave such images out"
     return None
 
 
@@ -145,11 +159,14 @@ def _read_columns(path):
     """{name: array} of a .csv or .npz file."""
     path = Path(path)
     if path.suffix not in (".csv", ".npz"):
-        raise UserError(f"--predictions {path}: expected a .csv or .npz file")
+        raise UserError(f"--predictions {path}: expected a .csv or .npz file; save it as one of these")
     try:
         if path.suffix == ".csv":
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))
+            with open(path, newline="", encoding="utf-8-sig") as file:           # Excel writes a mark first
+                rows = [row for row in csv.reader(file) if row]
+            for number, row in enumerate(rows, 1):
+                if len(row) != len(rows[0]):
+                    raise ValueError(f"row {number} has {len(row)} columns, the heading {len(rows[0])}")
             return {name.strip(): _to_array(cells) for name, *cells in zip(*rows, strict=True)}
         with zipfile.ZipFile(path) as file:              # a compressed megabyte may hold a gigabyte of zeros
             unpacked = sum(record.file_size for record in file.infolist())
@@ -167,11 +184,15 @@ def _to_array(cells):
     cells = np.array([cell.strip() for cell in cells])
     if any(cell.lower() in ("", "nan") for cell in cells):
         return np.full(len(cells), np.nan)
-    try:
-        numbers = cells.astype(float)
-    except ValueError:
-        return cells
-    return numbers.astype(np.int64) if (numbers == np.floor(numbers)).all() else numbers
+    for kind in (np.int64, float):
+        try:
+            numbers = cells.astype(kind)
+        except (ValueError, OverflowError):
+            continue
+        if kind is float and (np.abs(numbers) < 2 ** 53).all() and (numbers == np.floor(numbers)).all():
+            return numbers.astype(np.int64)              # a larger float may stand for several integers
+        return numbers
+    return cells
 
 
 def read_mapping(path, num_clusters, class_names):
@@ -184,7 +205,8 @@ def read_mapping(path, num_clusters, class_names):
         mapping = metrics["mapping"]
         names = [str(name) for name in metrics["class_names"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r})") from None
+        raise UserError(f"--map-from {path}: not the metrics.json of a labelled split ({error!r}); take "
+                        "one that cluster_eval.py wrote for data with labels") from None
     allowed = range(-1, len(names))
     valid = isinstance(mapping, list) and all(type(c) is int and c in allowed for c in mapping)
     if valid:
@@ -194,7 +216,8 @@ def read_mapping(path, num_clusters, class_names):
         raise UserError(f"--map-from {path}: not a mapping of clusters to its {len(names)} classes, "
                         "each one's at most once")
     if len(mapping) != num_clusters:
-        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}")
+        raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}; "
+                        "take one of the same network")
     if class_names is not None and names != class_names:
         raise UserError(f"--map-from {path}: its classes are others than those of --data; is --class-names "
                         "in one of the two commands only?")

@@ -117,14 +117,22 @@ def get_parser():
 def check(args, dataset, world_size):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
     for name in ("mean", "std"):
-        if len(getattr(args, name) or (0,)) not in (1, 3):
-            raise UserError(f"--{name}: one number for all channels or three")
-    if args.small_images and not args.arch.startswith("resnet"):
-        raise UserError(f"--small-images: {args.arch} is not a ResNet")
+        values = getattr(args, name) or (0,)
+        if len(values) not in (1, 3) or max(values) > 1:
+            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
+    for name in ("small_images", "zero_init_residual"):
+        if getattr(args, name) and not args.arch.startswith("resnet"):
+            raise UserError(f"--{name.replace('_', '-')}: {args.arch} is not a ResNet; leave it out")
+    if args.drop_path and not args.arch.startswith("vit"):
+        raise UserError(f"--drop-path: {args.arch} is not a ViT; leave it out")
+    if args.optimizer != "adamw" and args.beta2 != get_parser().get_default("beta2"):
+        raise UserError(f"--beta2: --optimizer {args.optimizer} has no second beta; leave it out")
     if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes; "
+                        "choose a multiple of their number")
     if args.batch_size > len(dataset):
-        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images")
+        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images; "
+                        "choose at most that many")
     try:
         bunch_layout(args.bunch_size or None, args.batch_size // world_size, world_size)
     except ValueError as error:

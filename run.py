@@ -5,15 +5,14 @@ A stage calls its Run; a Run never calls the stage. Delete it from a copied scri
 
 import argparse
 import atexit
+import difflib
 import errno
-import fcntl
 import io
 import json
 import math
 import multiprocessing
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -33,15 +32,22 @@ from checkpoint import (
     load_last_checkpoint,
     save_checkpoint,
     to_stderr,
+    to_stdout,
     write_atomically,
 )
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # save, then exit with 128 + number
+try:
+    import fcntl
+    import resource
+except ImportError:              # Windows has neither, and no SIGUSR1
+    fcntl = resource = None
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 MOST_OVERFLOWS = 20              # of fp16, in a row: a scale 2^20 times smaller did not help
 CHECK_EVERY = 50                 # the ranks agree at least every so many steps
 # These flags change where and how fast a run computes, not what; they may differ when it resumes.
-FREE_FLAGS = {"workers", "print_every", "save_every", "device", "amp", "output_dir", "timeout", "resume",
-              "overwrite", "data_dir"}
+FREE_FLAGS = {"workers", "print_every", "save_every", "knn_every", "device", "amp", "output_dir", "timeout",
+              "resume", "overwrite", "data_dir"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
              "backbone.json", "backbone_student.json", "log.jsonl", "metrics.json", "curves.png", "head.pth",
              "predictions.csv", "labels.txt", "checkpoint.damaged.pth")
@@ -80,18 +86,47 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(parser, argv=None):
     """Parses flags and `@file`s, which hold lines of `--flag value` and # comments.
 
-    A later value wins, so flags behind an @file override it. `--num_classes` is read as `--num-classes`, and
-    the --local-rank of old launchers is ignored. A mistake is one line on stderr and exit code 2.
+    In a file, a value with spaces stands in quotes, and a # begins a comment at the start of a word. A later
+    value wins, so flags behind an @file override it. `--num_classes` is read as `--num-classes`, and the
+    --local-rank of old launchers is ignored. A mistake is one line on stderr and exit code 2.
     """
     parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = lambda line: _hyphens(line.split("#")[0].split())
-    parser.error = lambda message: _exit(parser.prog, message)
+    parser.convert_arg_line_to_args = lambda line: _hyphens(_words(line, parser))
+    parser.error = lambda message: _exit(parser.prog, message + _did_you_mean(message, parser))
     parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
     del args.local_rank
     if getattr(args, "amp", None) == "auto":
         args.amp = "bf16" if args.device == "cuda" else "off"
     return args
+
+
+def _words(line, parser):
+    """The words of a line of an @file without its comment; in quotes they may have spaces and # in them."""
+    text = re.match(r"""(?:[^#'"]|(?<=\S)#|'[^']*'|"[^"]*")*""", line)[0]
+    if line[len(text):len(text) + 1] in ("'", '"'):
+        parser.error(f"{line.strip()}: a quote is not closed")
+    lexer = shlex.shlex(text, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""        # a path of Windows has \\
+    return list(lexer)
+
+
+def _did_you_mean(message, parser):
+    """What an error of argparse may have meant: the nearest flag, choice or file of flags."""
+    flag, choice, file = (re.search(pattern, message) for pattern in (
+        r"unrecognized arguments:.*?(--[\w-]+)", r"argument (--[\w-]+): invalid choice: '(.*?)'",
+        r"No such file or directory: '(.*?)'"))
+    if flag:
+        near = difflib.get_close_matches(flag[1], parser._option_string_actions)
+    elif choice:
+        choices = parser._option_string_actions[choice[1]].choices
+        near = difflib.get_close_matches(choice[2], map(str, choices))
+    elif file:
+        files = [*Path(file[1]).parent.glob("*.txt"), *Path("recipes").glob("*.txt")]
+        near = [f"@{path}" for path in difflib.get_close_matches(file[1], map(str, files))]
+    else:
+        return "; a value with spaces stands in quotes" if "unrecognized arguments" in message else ""
+    return f"; did you mean {near[0]}?" if near else f"; {parser.prog} --help lists what there is"
 
 
 def _hyphens(words):
@@ -110,6 +145,8 @@ def launch(main, parser, argv=None):
     2: the user can mend it (UserError, a full disk, too little memory). 1: another process of the run was
     lost, or a bug, which keeps its traceback. 130: Ctrl-C before the run can save.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")        # a pipe on Windows lacks most letters
     args = parse_args(parser, argv)
     rank, restarts, shared = (os.environ.get(name) for name in (
         "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
@@ -123,6 +160,11 @@ def launch(main, parser, argv=None):
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         # Python 3.14 would start workers from a server, which a signal to the process group kills
         multiprocessing.set_start_method("fork")
+    atexit.register(to_stdout, "", end="")       # else what is left for a closed pipe ends in a traceback
+    sources = [vars(args)[name] for name in ("checkpoint", "teacher", "predictions", "data") if name in args]
+    sources = " and ".join(filter(None, sources))
+    if sources and os.environ.get("RANK", "0") == "0":            # reading may take minutes
+        to_stdout(f"{parser.prog}: reading {sources}")
     try:
         sys.exit(main(args))
     except KeyboardInterrupt:
@@ -153,7 +195,7 @@ def _explain(error, args):
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
             place = error.filename or f"standard output, or the log in {out}"
-            return f"{place}: cannot be written ({error.strerror})", 2
+            return f"{place}: cannot be written ({error.strerror}); make room, and start it again", 2
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
         how_much = ". ".join(said.splitlines()[0].split(". ")[:2])
         return f"not enough memory ({how_much}); try a smaller --batch-size", 2
@@ -183,7 +225,7 @@ class Run:
     A checkpoint is saved every --save-every steps and after the last one. A loss, gradient or weight that is
     not finite ends the process with code 3, a signal with 128 + its number, after saving. All ranks agree on
     that by one small collective at steps that log or save, and at least every 50 steps; a single process
-    answers a signal after the step that it is in.
+    answers a signal after the step that it is in. A second signal ends the process at once.
     """
 
     def __init__(self, args, stage, device, total_steps, steps_per_epoch, config=None):
@@ -200,7 +242,10 @@ class Run:
         if self.world_size > 1:                          # every rank resumes from what rank 0 read
             dist.broadcast_object_list(state)
         self.state, self.start, self.parts = state[0], 0, {}
-        self.caught, self.stopped_by, self.waited = [], None, 0.0
+        amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
+        self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
+        self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
+        self.training, self.code, self.pid = True, None, os.getpid()     # code: set where the run ends
         self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
         self.overflows = torch.zeros((), dtype=torch.long, device=device)        # of fp16, in a row
@@ -221,7 +266,7 @@ class Run:
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
                         part.copy_(torch.as_tensor(self.state[name]))
-                    else:
+                    elif self.state[name] or name != "scaler":       # a run without fp16 has no scale
                         part.load_state_dict(self.state[name])
                 states = self.state.get("rng", ())
                 if len(states) == self.world_size:       # else a rank's noise is drawn anew
@@ -270,10 +315,10 @@ class Run:
             self.write(dict(resumed_from=self.start) if self.start else dict(command=command, config=config))
         resumed = f"; resumed from step {self.start}" if self.start else ""
         self.say(f"{self.total_steps - self.start:,} steps to go; {self.world_size} process(es) on "
-                 f"{self.device}, amp {self.args.amp}{resumed}")
+                 f"{self.device}, amp {self.amp}{resumed}")
         for signum in SIGNALS:
-            signal.signal(signum, lambda signum, frame: self.caught.append(signum))
-        self.since, self.logged = time.time(), self.start
+            signal.signal(signum, self.answer)
+        self.since, self.logged, self.step = time.time(), self.start, self.start - 1
         for step in range(self.start, self.total_steps):
             self.step, done = step, step + 1
             self.epoch = step // self.steps_per_epoch + 1
@@ -281,6 +326,8 @@ class Run:
             self.logging = done % self.args.print_every == 0 or self.epoch_ends
             self.saving = done % self.args.save_every == 0 or done == self.total_steps
             yield step
+            if step == self.start and not self.logging:  # the first line of progress may take minutes
+                self.say(f"first step done after {time.time() - self.since:.1f} s", keep=False)
             if self.saving or self.stopped_by:
                 self.save()
             if self.stopped_by:
@@ -288,6 +335,39 @@ class Run:
                 self.say(f"stopped by {self.stopped_by.name} after step {done}, saved; "
                          "the same command resumes")
                 self.end(128 + self.stopped_by)
+        self.training = False
+        if self.caught:                                  # during the last save
+            self.end_at_once(self.caught[0])
+
+    def answer(self, signum, frame):
+        """Handles a signal: the first is answered after a step, one more, or one after training, at once."""
+        if os.getpid() != self.pid:                      # a data-loader worker, which inherits the handler
+            return
+        if self.training and not self.caught:
+            self.caught.append(signum)
+            self.asked = time.time()
+            steps = min(CHECK_EVERY, self.args.print_every, self.args.save_every)
+            when = "this step" if self.world_size == 1 else f"at most {steps} steps"
+            self.shout(f"{signal.Signals(signum).name}: stopping after {when}; once more ends at once")
+        elif not self.training or time.time() - self.asked > 1:        # a launcher may repeat a terminal's
+            self.end_at_once(signum)
+
+    def end_at_once(self, signum):
+        """Ends this process and its workers without saving; the other ranks notice that it is gone."""
+        if self.code is None:
+            name = signal.Signals(signum).name
+            with suppress(OSError):                      # the disk may be full
+                self.write(dict(step=self.step + 1, status=f"stopped by {name} at once"))
+            self.shout(f"stopped by {name} at once; the same command resumes from the last checkpoint")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(128 + signum if self.code is None else self.code)
+
+    def shout(self, line):
+        """Prints a line from a handler of signals, where print() may fail because it is running already."""
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(1, b"\n" * sys.stdout.isatty() + f"{line}\n".encode())
 
     def next(self, loader):
         """next(loader). The log tells which share of the time a run waits for its loader (`waiting`)."""
@@ -378,8 +458,9 @@ class Run:
                 for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
     def entries(self):
-        """The training lines of the log so far, a list of dicts."""
-        return list(read_log(self.out / "log.jsonl").values())
+        """The training lines of the log so far, a list of dicts by step."""
+        entries = read_log(self.out / "log.jsonl")       # not by step if a resumed run printed more often
+        return [entries[step] for step in sorted(entries)]
 
     def write(self, entry):
         """Appends an entry to log.jsonl."""
@@ -391,12 +472,12 @@ class Run:
         if self.rank > 0:
             return
         if not sys.stdout.isatty():
-            print(line, flush=True)
+            to_stdout(line)
         elif keep:
-            print(f"\r\033[K{line}", flush=True)
+            to_stdout(f"\r\033[K{line}")
         else:
             width = shutil.get_terminal_size().columns - 1       # a line that wraps cannot be replaced
-            print(f"\r\033[K{line[:width]}", end="", flush=True)
+            to_stdout(f"\r\033[K{line[:width]}", end="")
 
     # ---- the end
     def done(self, metrics=None, files=()):
@@ -405,16 +486,18 @@ class Run:
         metrics.json says that a run is finished, so it is written last. files: others that the stage wrote.
         """
         if self.rank == 0:
-            metrics = metrics or read_log(self.out / "log.jsonl")[self.total_steps]
+            # a crash of the machine may have cost the log its last lines; `step` tells what is left
+            metrics = metrics or [dict(step=self.total_steps), *self.entries()][-1]
             write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=1).encode())
             self.write(dict(step=self.total_steps, status="done"))
-            written = [name for name in ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json")
-                       if (self.out / name).exists()]
-            self.say(f"done: {', '.join([*written, *files])} in {self.out}")
+            names = ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json", *files)
+            written = [name for name in names if (self.out / name).exists()]
+            self.say(f"done: {', '.join(written)} in {self.out}")
         self.end(0)
 
     def end(self, code, message=None):
         """Ends all ranks together, so that none mistakes another's exit for a crash."""
+        self.code = code
         if message and self.rank == 0:
             self.say(f"ended at step {self.step + 1}")
             to_stderr(f"{self.stage}.py: error: {message}")
@@ -436,9 +519,11 @@ def set_rng_state(states, device):
 
 
 def memory_mib(device):
-    """Peak memory so far: of the CUDA device, else of this process."""
+    """Peak memory so far: of the CUDA device, else of this process, 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return 0
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
@@ -454,7 +539,7 @@ def open_output(args, stage, config):
     out, lock, state = Path(args.output_dir), None, None
     config = dict(config, stage=stage)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--output-dir {out}: is not a folder")
+        raise UserError(f"--output-dir {out}: is not a folder; choose another name")
     if out.is_dir():
         lock = _lock(out)
         there = [name for name in RUN_FILES if (out / name).exists()]
@@ -478,18 +563,22 @@ def open_output(args, stage, config):
                 (out / name).unlink(missing_ok=True)
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     return lock, state
 
 
 def _lock(out):
     try:
-        lock = open(out / ".lock", "w")
+        lock = open(out / ".lock", "a")
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl is None:
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise UserError(f"--output-dir {out}: another run is using this folder; choose another") from None
     except OSError as error:     # some network file systems have no locks
         to_stderr(f"warning: {out} cannot be locked ({error.strerror}): make sure that no other run uses it")
@@ -521,7 +610,8 @@ def refuse_misfit(args):
         said = str(error).strip().splitlines()[-1].strip() or type(error).__name__
         where = args.output_dir if args.resume == "auto" else args.resume
         raise UserError(f"{where}: its parts are not those of a run with these flags "
-                        f"({type(error).__name__}: {said[:200]})") from None
+                        f"({type(error).__name__}: {said[:200]}); another --output-dir, or --overwrite, "
+                        "starts anew") from None
 
 
 def make_evaluation_folder(path):
@@ -541,7 +631,7 @@ def make_evaluation_folder(path):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output-dir {out}: cannot be written ({error.strerror}); choose another") from None
     return out
 
 

@@ -91,10 +91,14 @@ def get_parser():
 
 def check(args, dataset, world_size):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
+    if args.optimizer != "adamw" and args.beta2 != get_parser().get_default("beta2"):
+        raise UserError(f"--beta2: --optimizer {args.optimizer} has no second beta; leave it out")
     if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes; "
+                        "choose a multiple of their number")
     if args.batch_size > len(dataset):
-        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images")
+        raise UserError(f"--batch-size {args.batch_size}: the data set has only {len(dataset)} images; "
+                        "choose at most that many")
     try:
         bunch_layout(args.bunch_size or None, args.batch_size // world_size, world_size)
     except ValueError as error:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torchvision.transforms.functional import resize
 
-from checkpoint import UserError, write_atomically
+from checkpoint import UserError, to_stdout, write_atomically
 from data import ImageSet, input_of
 from lincls import build_reader
 from pretrained import load_network, network_flags
@@ -157,7 +157,7 @@ def main(args):
                 aps[sample, i] += average_precision(kernel @ beta, truth) / (rest + 1)
         best = aps.mean(0).argmax()
         metrics["shots"][k] = found = dict(map=aps.mean(0)[best], std=aps.std(0)[best], cost=args.costs[best])
-        print("  k = {:<5d} mAP {map:.4f}   std {std:.4f}   cost {cost:g}".format(k, **found), flush=True)
+        to_stdout("  k = {:<5d} mAP {map:.4f}   std {std:.4f}   cost {cost:g}".format(k, **found))
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
 
 

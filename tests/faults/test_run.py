@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import functools
 import importlib
 import json
 import math
@@ -11,13 +12,26 @@ import os
 import re
 import signal
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import STAGES, bounds_of, finish, log_lines, losses, metrics_of, resumed_from, same, start
+from processes import (
+    ROOT,
+    STAGES,
+    bounds_of,
+    finish,
+    log_lines,
+    losses,
+    metrics_of,
+    resumed_from,
+    same,
+    start,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +70,7 @@ def get_parser():
     parser.add_argument("--print-every", type=at_least(1), default=2)
     parser.add_argument("--save-every", type=at_least(1), default=3)
     parser.add_argument("--timeout", type=at_least(1, float), default=60)
+    parser.add_argument("--worker", action="store_true", help="have a data-loader worker")
     parser.add_argument("--disturb", nargs=3, metavar=("WHAT", "STEP", "RANK"), default=("", 0, 0))
     return parser
 
@@ -73,6 +88,10 @@ def main(args):
     torch.manual_seed(rank)
     toy = Run(args, "toy", CPU, args.steps, args.epoch, config)
     toy.track(model=model, teacher=None, optimizer=optimizer, count=count)
+    if args.worker:
+        mark = functools.partial(write_pid, toy.out)
+        workers = iter(torch.utils.data.DataLoader(range(1000), num_workers=1, worker_init_fn=mark))
+        next(workers)
     loader = (torch.arange(8.0).view(2, 4) + step for step in range(toy.start, args.steps))
     for step in toy.steps():
         disturbed = step + 1 == bad_step and rank == bad_rank
@@ -89,14 +108,29 @@ def main(args):
         count += 1
         if disturbed and what == "weights":
             model.head.bias.data.fill_(math.inf)
-        if disturbed and what.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[what])
+        if disturbed:
+            send(what)
         toy.watch(loss, norm)
         if toy.logging:
             mean = toy.average(rank=torch.tensor(rank), of_two=torch.tensor([[1.0, rank]]))
             toy.log("loss {loss:.3f}", loss=loss.total.item(), rank=mean["rank"].item(),
                     of_two=mean["of_two"].tolist())
+    if bad_step > args.steps and rank == bad_rank:
+        send(what)
     toy.done()
+
+
+def write_pid(folder, worker):
+    (folder / "worker.pid").write_text(str(os.getpid()))
+
+
+def send(signals):
+    """Sends itself signals, such as SIGINT or SIGINT+wait+SIGINT."""
+    for name in signals.split("+"):
+        if name == "wait":
+            time.sleep(1.1)
+        elif name.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[name])
 
 
 SELDOM = "--steps 60 --epoch 60 --print-every 1000 --save-every 1000"
@@ -118,7 +152,7 @@ def begun(tmp_path, monkeypatch):
         while locks:
             locks.pop().close()
         args = dict(output_dir=str(tmp_path / "run"), resume="auto", overwrite=False, print_every=1000,
-                    save_every=1000, batch_size=8, amp="off", timeout=60, lr=lr, workers=0)
+                    save_every=1000, batch_size=8, amp="off", timeout=60, lr=lr, workers=0, knn_every=1)
         args = argparse.Namespace(**{**args, **flags})
         model = model or nn.Linear(2, 1)
         begun = Run(args, "toy", CPU, steps, epoch, config)
@@ -203,6 +237,19 @@ def test_files_of_flags(tmp_path):
     assert parsed("--num_classes", "3", "--num_classes=5", "--output-dir", "a_b") == (5, "a_b", None)
 
 
+@pytest.mark.parametrize("line, words", [
+    ("--lrs 30 60 90    # the code's default", ["--lrs", "30", "60", "90"]),
+    ("--output-dir 'my pictures'  # \"", ["--output-dir", "my pictures"]),
+    ('--output-dir="a # b"#c', ["--output-dir=a # b#c"]),
+    ("--output-dir set#2\t# of two", ["--output-dir", "set#2"]),
+    (r"--output-dir C:\new\dir", ["--output-dir", r"C:\new\dir"]), ("  # --lrs 1", []), ("", []), ("#", [])])
+def test_words_of_a_line_of_flags(line, words, tmp_path):
+    """A # that does not begin a word is no comment, and quotes keep spaces together."""
+    assert run._words(line, flags_parser()) == words
+    (tmp_path / "flags").write_text(line)
+    assert parse_args(flags_parser(), [f"@{tmp_path}/flags"]) == parse_args(flags_parser(), words)
+
+
 def test_flags_that_parse_args_resolves():
     for words in (["--local-rank", "1"], ["--local_rank=1"], []):
         args = parse_args(flags_parser(), words)
@@ -214,11 +261,22 @@ def test_flags_that_parse_args_resolves():
 
 @pytest.mark.parametrize("words, message", [
     ("--num-classes 1", "argument --num-classes: 1: must be a whole number of at least 2"),
-    ("--num-class 3", "unrecognized arguments: --num-class 3"), ("@nowhere.txt", "nowhere.txt"),
-    ("--lrs", "argument --lrs")])
-def test_mistakes_in_flags_are_one_line(words, message, capsys):
+    ("--lrs", "argument --lrs"),
+    ("--num-class 3", "unrecognized arguments: --num-class 3; did you mean --num-classes?"),
+    ("--zzz", "unrecognized arguments: --zzz; toy.py --help lists what there is"),
+    ("--output-dir my pictures", "arguments: pictures; a value with spaces stands in quotes"),
+    ("--arch resnet51", "'vit_s'); did you mean resnet50?"),
+    ("--arch=x", "; toy.py --help lists what there is"),
+    ("@recipes/resnet50_twoviews.txt", "did you mean @recipes/resnet50_two_views.txt?"),
+    ("@resnet50_two_views.txt", "did you mean @recipes/resnet50_two_views.txt?"),
+    ("@nowhere.txt", "nowhere.txt"), ("@{quote}", "--output-dir it's: a quote is not closed")])
+def test_mistakes_in_flags_are_one_line(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "quote").write_text("--output-dir it's\n")
+    parser = flags_parser()
+    parser.add_argument("--arch", choices=("resnet50", "vit_s"))
     with pytest.raises(SystemExit) as stop:
-        parse_args(flags_parser(), words.split())
+        parse_args(parser, words.format(quote=tmp_path / "quote").split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert err.startswith("toy.py: error: ") and message in err
@@ -267,9 +325,10 @@ ENDS = {                         # what a stage does: exit code, error
     "worker's mistake": (lambda args: read_by_worker(UserError("--data x: broken")), 2, "--data x: broken"),
     "worker killed": (lambda args: read_by_worker(None), 1, "DataLoader worker .*; short of memory. Try "
                       "fewer --workers; the same command resumes from the last checkpoint"),
-    "disk full": (lambda args: raised(FULL), 2, r"runs/x: cannot be written \(No space left on device\)"),
+    "disk full": (lambda args: raised(FULL), 2, r"runs/x: cannot be written \(No space left on device\); "
+                  "make room, and start it again"),
     "output full": (lambda args: raised(QUOTA), 2, r"standard output, or the log in out: cannot be written "
-                    r"\(Disk quota exceeded\)"),
+                    r"\(Disk quota exceeded\); make room, and start it again"),
     "memory": (lambda args: raised(MemoryError()), 2, r"not enough memory \(MemoryError\); try a smaller "
                "--batch-size"),
     "torch's memory": (lambda args: torch.empty(2 ** 60), 2, r"not enough memory \(.*\); try a smaller "
@@ -476,6 +535,57 @@ def test_signal_is_answered(ranks, signum, step, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == step
 
 
+@pytest.mark.parametrize("signals, answered", [("SIGINT", 130), ("SIGINT+SIGTERM", 130),
+                                               ("SIGINT+wait+SIGTERM", 143)])
+def test_a_second_signal_ends_at_once(signals, answered, tmp_path):
+    """Unless it comes with the first, as from a terminal and its launcher. What will happen is said first."""
+    said, error = toy(tmp_path, f"--disturb {signals} 5 0", answered)
+    assert "\nSIGINT: stopping after this step; once more ends at once\n" in said and not error
+    at_once = "wait" in signals
+    assert said.endswith("stopped by SIGTERM at once; the same command resumes from the last checkpoint\n" if
+                         at_once else "stopped by SIGINT after step 5, saved; the same command resumes\n")
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == (3 if at_once else 5)
+    status = "stopped by SIGTERM at once" if at_once else "stopped by SIGINT, saved"
+    assert log_lines(tmp_path)[-1] == dict(step=5, status=status)
+
+
+def test_a_second_signal_ends_the_other_ranks(tmp_path):
+    """Which learn of the first one at the next save."""
+    said, error = toy(tmp_path, f"{SELDOM} --save-every 9 --disturb SIGINT+wait+SIGINT 5 0", 130, ranks=2)
+    assert "SIGINT: stopping after at most 9 steps; once more ends at once\n" in said
+    assert "stopped by SIGINT at once" in said and not list(tmp_path.glob("*.pth"))
+    assert error.count("\n") == 1 and "rank 1: another process of this run died" in error
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_after_the_last_step_is_answered_at_once(ranks, tmp_path):
+    """Evaluations have nothing to save; the same command makes them again."""
+    said, _ = toy(tmp_path, "--disturb SIGTERM 21 0", 143, ranks)
+    assert said.endswith("stopped by SIGTERM at once; the same command resumes from the last checkpoint\n")
+    assert log_lines(tmp_path)[-1] == dict(step=20, status="stopped by SIGTERM at once")
+    toy(tmp_path, ranks=ranks)
+    assert log_lines(tmp_path)[-1]["status"] == "done"
+
+
+def test_a_signal_in_the_last_save_is_answered(begun):
+    ended, last = [], begun(2)
+    for step in last.steps():
+        last.watch(NORM, NORM)
+        if step == 1:
+            last.end_at_once = ended.append
+            last.save = lambda: last.answer(signal.SIGTERM, None)
+    assert ended == [signal.SIGTERM]
+
+
+def test_workers_end_with_a_second_signal(tmp_path):
+    """At once; by themselves they notice after seconds that their process is gone."""
+    toy(tmp_path, "--worker --disturb SIGINT+wait+SIGINT 5 0", 130)
+    worker, ended = Path("/proc") / (tmp_path / "worker.pid").read_text(), time.time()
+    while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
+        assert time.time() < ended + 2
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_run_has_the_same_noise(ranks, tmp_path):
@@ -522,7 +632,7 @@ def test_other_flags_are_refused_and_named(flags, message, begun):
 
 def test_flags_of_the_machine_may_differ(begun, tmp_path):
     out = saved(begun, workers=0)
-    assert begun(2, workers=3, print_every=7, save_every=2, amp="bf16", timeout=5).start == 1
+    assert begun(2, workers=3, print_every=7, save_every=2, knn_every=0, amp="bf16", timeout=5).start == 1
     assert begun(2, output_dir=str(tmp_path / "new"), resume=str(out / "checkpoint.pth")).start == 1
     assert begun(2, lr=0.3, overwrite=True).start == 0
 
@@ -570,8 +680,9 @@ def test_metrics_are_written_last(begun, monkeypatch, capsys):
         done.watch(NORM, NORM)
         if done.logging:
             done.log("loss {loss}", loss=1.0)
+    (done.out / "curves.png").write_bytes(b"drawn")
     with pytest.raises(SystemExit) as stop:
-        done.done(files=["curves.png"])
+        done.done(files=["curves.png", "not_drawn.png"])
     assert not stop.value.code
     assert written == ["config.json", "backbone.pth", "checkpoint.pth", "metrics.json"]
     assert log_lines(done.out)[-1] == dict(step=2, status="done")
@@ -588,6 +699,14 @@ def test_metrics_are_the_last_line_of_the_log_or_those_given(begun):
         with pytest.raises(SystemExit):
             done.done(metrics)
         assert metrics_of(done.out) == (metrics or losses(done.out)[-1])
+
+
+def test_curves_run_by_step(begun):
+    """A run that resumes from an earlier step may print more often than the log has lines there."""
+    log = begun(8)
+    lines = [f'{{"step": {step}, "loss": 1}}\n' for step in (2, 4, 6, 3, 4, 5, 6, 8)]
+    (log.out / "log.jsonl").write_text("".join(lines))
+    assert [entry["step"] for entry in log.entries()] == [2, 3, 4, 5, 6, 8]
 
 
 # ---------------------------------------------------------------- the log
@@ -642,9 +761,37 @@ def test_average_over_two_processes(tmp_path):
     said, error = toy(tmp_path, ranks=2)
     lines = said.splitlines()
     assert error == "" and "2 process(es) on cpu" in lines[1] and lines[-1].startswith("done: ")
-    assert [line.split()[1] for line in lines[2:-1]] == [f"{step}/20" for step in range(2, 21, 2)]
+    assert lines[2].startswith("first step done after ")
+    assert [line.split()[1] for line in lines[3:-1]] == [f"{step}/20" for step in range(2, 21, 2)]
     for entry in losses(tmp_path):
         assert entry["rank"] == 0.5 and entry["of_two"] == [[1.0, 0.5]]
+
+
+@pytest.mark.parametrize("print_every", [1, 50])
+def test_first_step_is_a_sign_of_life(print_every, begun, monkeypatch, capsys):
+    """A line at once, of the log or of text."""
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    slow = begun(100, print_every=print_every)
+    for step in slow.steps():
+        clock.now += 4.5
+        slow.watch(NORM, NORM)
+        if slow.logging:
+            slow.log("loss {loss}", loss=1.0)
+        if step == 1:
+            break
+    said = capsys.readouterr().out.splitlines()[2:]
+    assert said[0].startswith("step 1/100 | loss 1.0" if print_every == 1 else "first step done after 4.5 s")
+    assert len(said) == (2 if print_every == 1 else 1)
+
+
+def test_what_is_read_is_said_before_it_is(capsys):
+    parser = flags_parser()
+    parser.add_argument("--data", default="my/pictures")
+    parser.add_argument("--checkpoint", default="a.pth")
+    with pytest.raises(SystemExit):
+        launch(lambda args: None, parser, [])
+    assert capsys.readouterr().out == "toy.py: reading a.pth and my/pictures\n"
 
 
 def test_average_of_one_process_keeps_shapes(begun):

@@ -10,15 +10,18 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, wait_until
+from PIL import Image
+from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, start, wait_until
 
 import checkpoint
+import data
 import pretrain
 import run
 
@@ -313,6 +316,56 @@ def test_weights_that_are_not_finite(tried, tmp_path):
     assert "at step 1 the weights are not finite" in err and not list(tmp_path.glob("check*"))
 
 
+@pytest.mark.parametrize("before, after", [("off", "fp16"), ("fp16", "off"), ("fp16", "bf16")])
+def test_precision_may_change_when_a_run_resumes(before, after, tried, here, tmp_path, monkeypatch):
+    flags = f"pretrain.py {STAGES['pretrain']} --print-every 2 --output-dir {tmp_path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "watch", stop_after(12))
+        here(f"{flags} --amp {before}", 143)
+    said, _ = here(f"{flags} --amp {after}")
+    assert f"amp {after} (was {before}); resumed from step 12" in said
+    assert (content(tmp_path / "checkpoint.pth")["scaler"] == {}) == (after != "fp16")
+
+
+def test_an_evaluation_leaves_the_noise_of_training_alone(tmp_path):
+    """So --knn-every may differ when a run resumes, also one of pictures with drop path."""
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    dataset, before = data.build_dataset(str(tmp_path), "test", 0, "datasets"), torch.get_rng_state()
+    config = dict(data=str(tmp_path), image_size=16, mean=None, std=None)
+    assert [len(x) for x in data.eval_batches(dataset, config, "cpu")] == [4]
+    assert torch.get_rng_state().equal(before)
+
+
+def stop_after(step):
+    """Run.watch of a run that gets SIGTERM in this step."""
+    watch = run.Run.watch
+
+    def watched(self, *args, **kwargs):
+        if self.step + 1 == step:
+            self.caught.append(signal.SIGTERM)
+        watch(self, *args, **kwargs)
+    return watched
+
+
+@pytest.mark.parametrize("stage, lost", [("barlow", 1), *((stage, 1000) for stage in STAGES)])
+def test_a_log_that_lost_its_last_lines(stage, lost, straight, here, tmp_path):
+    """A crash of the machine after the last save: the run is finished by the same command all the same."""
+    flags, out, *_ = straight(stage)
+    shutil.copytree(out, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    (tmp_path / "run/metrics.json").unlink()
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    trained = [line for line in lines if '"loss"' in line][:-lost]
+    (tmp_path / "run/log.jsonl").write_text("".join(trained))
+    here(f"{stage}.py {flags} --output-dir {tmp_path}/run", pictures=lost > 1)
+    assert log_lines(tmp_path / "run")[-1]["status"] == "done"
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    own = stage in ("lincls", "semisup")                       # these measure once more
+    expected = json.loads(trained[-1]) if trained else dict(step=metrics.get("step"))
+    assert found == (metrics if own else expected)
+
+
 @pytest.mark.slow
 def test_fp16_resumes_with_its_scale(tmp_path):
     """Killed, in half precision: weights and the gradient's scale, with its age, are those of the other."""
@@ -331,3 +384,50 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     assert any("resumed_from" in line for line in log_lines(tmp_path / "killed"))
     assert states["straight"]["scaler"]["scale"] > 1 and states["straight"]["scaler"]["_growth_tracker"] > 20
     assert same(states["straight"], states["killed"])
+
+
+# ---------------------------------------------------------------- flags that would have no effect
+@pytest.mark.parametrize("stages, flags, message", [
+    ("pretrain barlow", "--drop-path 0.1", "--drop-path: resnet8 is not a ViT; leave"),
+    ("pretrain barlow", "--zero-init-residual --arch vit_t", "--zero-init-residual: vit_t is not a ResNet"),
+    ("pretrain distill", "--small-images --arch vit_t", "--small-images: vit_t is not a ResNet; leave it"),
+    ("pretrain barlow selflabel distill", "--optimizer lars --beta2 0.5", "lars has no second beta; leave"),
+    ("pretrain barlow distill", "--mean 127", "--mean: one number for all channels or three, of pixels"),
+    ("pretrain", "--std 57 57 57", "or three, of pixels from 0 to 1"),
+    ("pretrain", "--data fashion_mnist", "nor a folder or list; did you mean fashion-mnist?")])
+def test_flags_without_effect_are_refused(stages, flags, message, tried, tmp_path):
+    for stage in stages.split():
+        usual = STAGES[stage].replace("--image-size 16", "--image-size 32")
+        assert message in tried(stage, f"{usual} {flags} --output-dir {tmp_path}/run")
+        assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- a reader who leaves
+def no_reader():
+    """Standard output becomes a pipe that nobody reads, as that of `| head -1` in the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)                    # the old one takes itself for a file
+
+
+def no_reader_of_either():
+    no_reader()
+    os.dup2(1, 2)
+    sys.stderr = open(2, "w", closefd=False)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "selflabel"])
+@pytest.mark.parametrize("closed", [no_reader, no_reader_of_either])
+def test_a_closed_pipe_stops_the_printing_not_the_run(stage, closed, straight, tmp_path):
+    flags, undisturbed, *_ = straight(stage)
+    said, error = finish(begin(stage, flags, tmp_path / "run", prepare=closed))
+    assert said == error == ""
+    assert content(tmp_path / "run/metrics.json") == content(undisturbed / "metrics.json")
+    assert len(log_lines(tmp_path / "run")) == len(log_lines(undisturbed))
+
+
+def test_an_evaluation_without_a_reader_writes_its_files(network, tmp_path):
+    command = f"knn.py --checkpoint {network} --k 5 --output-dir {tmp_path}"
+    assert finish(start(command, prepare=no_reader)) == ("", "")
+    assert (tmp_path / "metrics.json").exists()

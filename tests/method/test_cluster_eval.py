@@ -243,22 +243,38 @@ def test_predictions_of_other_programs(tmp_path):
     assert cluster_names == [0, 1, 2] and not remarks
 
 
+def test_large_ids_of_other_programs_stay_apart(tmp_path):
+    """Neighbours above 2^53 are the same float; a byte-order mark and empty lines of a .csv are skipped."""
+    text = f"label,prediction\n{2 ** 53},1\n\n{2 ** 53 + 1},{2 ** 62}\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8-sig")
+    labels, predictions, _, class_names, cluster_names, _ = read_predictions(tmp_path / "a.csv")
+    assert labels.tolist() == predictions.tolist() == [0, 1]
+    assert class_names == [str(2 ** 53), str(2 ** 53 + 1)] and cluster_names == [1, 2 ** 62]
+
+
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", "label,guess\n1,2\n", "no column 'predictions' .there are: label, guess"),
-    ("a.csv", "truth,prediction\n1,2\n", "no column 'labels' .there are: truth, prediction"),
-    ("a.csv", "label,prediction\n1,2\n,3\n", "column 'labels' has gaps"),
-    ("a.csv", "label,prediction\n1,2\n0,nan\n", "column 'predictions' has gaps"),
-    ("a.csv", "label,prediction\n1,0.5\n0,1\n", "column 'predictions' has gaps, or no integers"),
-    ("a.csv", "label,prediction\n-1,2\n0,1\n", "column 'labels' has -1"),
-    ("a.csv", "label,prediction\n", "column 'labels' is empty"),
-    ("a.csv", "label,prediction\n1,2\n3\n", "cannot be read"), ("a.csv", "", "no column 'labels'"),
+    ("a.csv", "label,guess\n1,2\n", "no column 'prediction', only label, guess; rename that"),
+    ("a.csv", "truth,prediction\n1,2\n", "no column 'label', only truth, prediction; rename that"),
+    ("a.csv", "label,prediction\n1,2\n,3\n", "column 'label' has gaps"),
+    ("a.csv", "labels,prediction\n1,2\n0,nan\n", "column 'prediction' has gaps"),
+    ("a.csv", "label,prediction\n1,0.5\n0,1\n", "column 'prediction' has gaps, or no integers"),
+    ("a.csv", "label,prediction\n1e20,5\n0,1\n", "column 'label' has gaps, or no integers"),
+    ("a.csv", "label,prediction\ninf,5\n0,1\n", "column 'label' has gaps, or no integers"),
+    ("a.csv", "label,prediction\n-1,2\n0,1\n", "column 'label' has -1"),
+    ("a.csv", "label,prediction\n", "column 'label' is empty"),
+    ("a.csv", "", "no column 'label', only an empty heading"),
+    ("a.csv", "label,prediction\n1,2\n3\n", "cannot be read .row 3 has 1 columns, the heading 2"),
     ("a.npz", "not a zip", "cannot be read"), ("a.txt", "label,prediction\n1,2\n", "expected a .csv or .npz"),
     ("a.npz", dict(labels=[0, 1], predictions=[0, 1, 1]), "2 labels, but 3 predictions"),
     ("a.npz", dict(labels=[[0, 1]], predictions=[0, 1]), "column 'labels' is empty or not one-dimensional"),
-    ("a.npz", dict(labels=[0, 1], probabilities=[[0.1, 0.9]]), "2 labels, but 1 "),
+    ("a.npz", dict(labels=[0, 1], probabilities=[[0.1, 0.9]]), "2 labels, but 1 probab"),
+    ("a.npz", dict(label=[0], probabilities=[[1.1, -0.1]]), "values below 0 .* softmax first"),
+    ("a.npz", dict(label=[0], probabilities=[[7.0, 2.0]]), "values .* above 1, as logits"),
+    ("a.npz", dict(label=[0], probabilities=[["a", "b"]]), "'probabilities' is not two-dim.* save an array"),
+    ("a.npz", dict(label=["x"], probabilities=[0.5]), "'probabilities' is not two-dim"),
     ("a.npz", dict(labels=[0], predictions=[0], probabilities=[0.1]), "'probabilities' is not two-dim"),
     ("a.npz", dict(labels=[0], probabilities=[[0.1, np.nan]]), "column 'probabilities' has NaN"),
-    ("a.npz", dict(labels=[0], predictions=[2], probabilities=[[1.0, 0.0]]), "'predictions' has to hold"),
+    ("a.npz", dict(labels=[0], predictions=[2], probabilities=[[1.0, 0.0]]), "0 to 1; without that column"),
     ("a.npz", dict(labels=[0], predictions=["a"], probabilities=[[1.0, 0.0]]), "'predictions' has to hold"),
     ("a.npz", dict(labels=np.array(["a", None]), predictions=[0, 1]), "cannot be read"),
     ("a.npz", dict(predictions=[0, 1]), "no column 'labels'")])

@@ -1,0 +1,76 @@
+"""Every script starts, trains, locks and resumes where modules and signals of Unix are missing."""
+
+import json
+import os
+import subprocess
+import sys
+
+from processes import ROOT, log_lines
+
+# What Windows does not have goes before anything of ours is imported; msvcrt is what it has instead.
+HIDE = """
+import errno, fcntl, os, signal, sys, types
+import matplotlib.figure, torch, torchvision, torch.utils.data              # these have their own ways there
+
+def locking(descriptor, mode, count):
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(errno.EACCES, "Permission denied") from None
+
+def no_folder(path, *args):
+    if os.path.isdir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+    return opened(path, *args)
+
+opened, os.open = os.open, no_folder
+sys.modules.update(fcntl=None, resource=None, msvcrt=types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+del signal.SIGUSR1, os.setpgrp, os.fork, os.sched_getaffinity, os.getpgid, os.killpg
+"""
+SCRIPTS = """
+import gc, runpy
+
+def start(script, *flags):
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    gc.collect()                                                # releases the lock
+    return code
+
+for script in {scripts}:
+    assert start(script, "--help") == 0, script
+
+import run
+watch, signal.signal = run.Run.watch, lambda *args: None        # a handler would keep the run, and its lock
+
+def killed(self, loss, norm):
+    watch(self, loss, norm)
+    if self.step == 1:
+        raise KeyboardInterrupt
+
+flags = ("--data fake --image-size 16 --batch-size 128 --hidden-dim 16 --epochs 1 --knn-every 0 --restarts 1 "
+         "--workers 0 --device cpu --save-every 1 --output-dir {out}").split()
+run.Run.watch = killed
+codes = [start("pretrain.py", *flags)]
+run.Run.watch = watch
+with open("{out}/.lock", "a") as taken:
+    locking(taken, 2, 1)
+    codes.append(start("pretrain.py", *flags))
+codes.append(start("pretrain.py", *flags))
+print(codes)
+"""
+
+
+def test_scripts_without_what_windows_lacks(tmp_path):
+    """Also with an output that cannot write every letter."""
+    scripts = [path.name for path in sorted(ROOT.glob("*.py")) if "def get_parser" in path.read_text()]
+    code = HIDE + SCRIPTS.replace("{scripts}", str(scripts)).replace("{out}", str(tmp_path / "run"))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("[130, 2, 0]\n"), done.stdout + done.stderr
+    assert done.stdout.count("usage: ") == len(scripts) and "resumed from step 1" in done.stdout
+    assert "another run is using this folder" in done.stderr and done.stderr.count("\n") == 1
+    assert log_lines(tmp_path / "run")[-1]["status"] == "done"
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["memory_mib"] == 0
