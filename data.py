@@ -182,7 +182,7 @@ def folder_options(args, config=None):
         options[name] = inherited.get(name) if given is None else given
     if isinstance(options["classes"], str):
         options["classes"] = _read_class_names(options["classes"])
-    if options["group_names"] and not options["val_share"]:
+    if getattr(args, "group_names", None) and not options["val_share"]:
         raise UserError("--group-names: needs --val-share, whose parts it makes")
     return options
 
@@ -330,8 +330,12 @@ def _from_files(name, split, val_share, group_names):
     paths = np.array([os.fsencode(path) for path in paths])[chosen]
     if labels is None:
         return ImageSet(None, None, None, paths, part=part)
-    class_names = [printable(name) for name in class_names]
-    return ImageSet(None, torch.tensor(labels)[torch.from_numpy(chosen)], class_names, paths, part=part)
+    labels, class_names = np.array(labels, np.int64), [printable(name) for name in class_names]
+    lacking = sorted({*labels.tolist()} - {*labels[chosen].tolist()})
+    if lacking and split != "test":
+        _warn_once(f"--val-share {val_share}: {len(lacking)} classes have no training image, the first is "
+                   f"'{class_names[lacking[0]]}'")
+    return ImageSet(None, torch.from_numpy(labels[chosen]), class_names, paths, part=part)
 
 
 def in_validation(paths, data, share, group_names=False):

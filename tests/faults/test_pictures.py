@@ -3,6 +3,7 @@
     pytest tests/faults/test_pictures.py
 """
 
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import traceback
+import types
 import zlib
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from PIL import Image
 from processes import finish, log_lines, metrics_of, run, same, start, wait_for, wait_until, weights
 
 import checkpoint
+import data
 from checkpoint import UserError
 from data import Batches, ImageSet, build_dataset, eval_batches, read_picture
 from views import build_views
@@ -236,6 +239,33 @@ def test_odd_pictures_are_read(name, tmp_path, capfd):
         assert inputs_of(dataset).shape == (8, 3, 16, 16)
     assert dataset.readable().paths.tolist() == dataset.paths.tolist()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind, suffix", [("AVIF", ".avif"), ("HEIF", ".heic"), ("HEIF", ".HEIF")])
+def test_pictures_of_phones_are_read(kind, suffix, tmp_path):
+    if suffix.lower() not in data.SUFFIXES:
+        pytest.skip(data.REMEDIES[suffix.lower()])
+    picture().save(tmp_path / f"a{suffix}", kind, quality=95)
+    (tmp_path / "plain.jpg").write_bytes(encoded("JPEG"))
+    dataset = build_dataset(str(tmp_path), "train")
+    assert len(dataset) == 2 and dataset[0].shape == (3, 32, 48)
+    for pixel, colour in ((dataset[0][:, 5, 5], RED), (dataset[0][:, -5, -5], BLUE)):
+        assert (pixel.int() - torch.tensor(colour)).abs().max() <= 6
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_heic_is_read_where_pillow_heif_is_installed(installed, monkeypatch):
+    """The module is loaded once more, beside an optional package that is there or not."""
+    registered = []
+    package = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package if installed else None)
+    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_again", again)
+    spec.loader.exec_module(again)
+    assert registered == [True] * installed
+    assert (".heic" in again.SUFFIXES) == ("HEIF" in again.FORMATS) == installed
+    assert again.REMEDIES[".heic"] == "install pillow-heif"
 
 
 @pytest.fixture

@@ -232,6 +232,18 @@ def test_val_share_divides_by_name(tmp_path, kind):
     assert train < more_train and val < more_val
 
 
+def test_a_class_without_a_training_image_is_said(tmp_path, capfd):
+    """Moving one there would move it back as soon as another picture is added."""
+    names = [f"cat/{i}.jpg" for i in range(20)] + ["dog/1.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    share = next(s for s in np.arange(0.05, 1, 0.05).round(2) if in_validation(names, ".", s)[-1])
+    assert len(build_dataset(str(tmp_path), "train", val_share=share)) < 20
+    said = f"warning: --val-share {share}: 1 classes have no training image, the first is 'dog'\n"
+    assert capfd.readouterr().err == said
+
+
 def test_val_share_is_the_share():
     names = [f"x/{i}.jpg" for i in range(4000)]
     chosen = [in_validation(names, "x", share).mean() for share in (0.05, 0.2, 0.5, 0.9)]
@@ -286,8 +298,8 @@ def test_a_checkpoint_says_which_parts_and_classes_were_trained_on(tmp_path):
     assert options_of([], trained) == own and options_of([], trained, f"{tmp_path}/other/../mine/") == own
     assert options_of([], trained, f"{tmp_path}/other") == options_of([], trained, "fake") == nothing
     assert options_of([]) == options_of([], dict(data=None)) == options_of([], dict(data="fake")) == nothing
-    given = options_of(["--val-share", "0", "--no-group-names"], trained)
-    assert given == dict(own, val_share=0, group_names=False)
+    given = options_of(["--val-share", "0"], trained)
+    assert given == dict(own, val_share=0)
     with pytest.raises(UserError, match="--group-names: needs --val-share"):
         options_of(["--group-names"])
 
