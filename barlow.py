@@ -155,7 +155,7 @@ def main(args):
     run.track(model=model, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
     health = watch_logits(model.projector[-1], run, scaler)

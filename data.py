@@ -9,13 +9,17 @@ sees the same for any number of processes and workers, and wherever it was stopp
 
 import argparse
 import difflib
+import functools
 import gzip
 import hashlib
+import math
 import os
 import pickle
 import stat
 import warnings
 import zlib
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from checkpoint import UserError, printable, to_stderr
 from run import at_least
+
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None           # optional, for the pictures of iPhones
 from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
@@ -38,10 +47,20 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
     "stl10": (96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
+            ".pgm")
 # Nothing else is opened, whatever a file is called: for an EPS file Pillow would start another program.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
+REMEDIES = {".avif": "install Pillow 11.3 or later", ".heic": "install pillow-heif",
+            ".heif": "install pillow-heif"}      # for pictures that may not be readable here
+if "avif" in features.modules and features.check("avif"):
+    SUFFIXES, FORMATS = (*SUFFIXES, ".avif"), (*FORMATS, "AVIF")
+if pillow_heif:
+    pillow_heif.register_heif_opener()
+    SUFFIXES, FORMATS = (*SUFFIXES, ".heic", ".heif"), (*FORMATS, "HEIF")
+TOPS = (1, 255, 4095, 65535)     # white in pictures of more than 8 bits
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
@@ -345,7 +364,8 @@ def _find_pictures(data, train):
         found = {}
         for name, part in parts.items():
             if part:
-                found[name] = _read_list(part) if part.is_file() else _scan(part)
+                known = found["train"][2] if "train" in found else None
+                found[name] = _read_list(part) if part.is_file() else _scan(part, known or ())
     except OSError as error:
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from None
     paths, labels, names = found[wanted]
@@ -353,12 +373,12 @@ def _find_pictures(data, train):
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
         return paths, None, None, called
-    unknown = sorted(set(names) - set(known))
+    unknown = sorted({names[label] for label in labels} - set(known))
     if unknown:
         raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
                         f"{parts['train']}")
-    number = [known.index(name) for name in names]
-    return paths, [number[label] for label in labels], known, called
+    number = {name: c for c, name in enumerate(known)}
+    return paths, [number[names[label]] for label in labels], known, called
 
 
 def _part(folder, name):
@@ -369,23 +389,56 @@ def _part(folder, name):
     return None
 
 
-def _scan(folder):
-    """As _find_pictures. Subfolders are classes if there are two or more, and no pictures beside them."""
+def _scan(folder, known=()):
+    """As _find_pictures, without the part. Subfolders with pictures are classes if there are two or more, or
+    one that is among the known ones, and no pictures beside them. Names what is left out on stderr."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
-    if len(classes) < 2 or loose:
-        return _pictures_below(folder), None, None
-    paths, labels = [], []
-    for label, top in enumerate(classes):
-        below = _pictures_below(top)
-        paths += below
-        labels += [label] * len(below)
-    return paths, labels, [top.name for top in classes]
+    left_out = Counter(_ending(entry.name) for entry in entries if entry.is_file())
+    below = {}
+    if not left_out.keys() & set(SUFFIXES):
+        below = {entry.name: _pictures_below(entry, left_out) for entry in entries if entry.is_dir()}
+    classes = [name for name in below if below[name]]
+    if len(classes) < 2 and not set(classes) & set(known):
+        left_out = Counter()
+        paths, labels, classes = _pictures_below(folder, left_out), None, None
+        if not paths:
+            raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
+                            f"{_listed(left_out) or 'no files at all'}")
+    else:
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            paths += below[name]
+            labels += [label] * len(below[name])
+    without = [name for name in below if not below[name]]
+    if without:
+        _warn_once(f"--data {folder}: folders without pictures are left out: {', '.join(without)}")
+    if left_out:
+        _warn_once(f"--data {folder}: {left_out.total():,} files are left out: {_listed(left_out)}")
+    return paths, labels, classes
 
 
-def _pictures_below(top):
-    """Paths of the pictures in a folder and its subfolders, links followed; UserError if there are none."""
+def _ending(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _listed(left_out):
+    """'60 .heic (install pillow-heif), 17 .txt' of a Counter of endings."""
+    words = []
+    for ending, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
+        remedy = f" ({REMEDIES[ending]})" if ending in REMEDIES else ""
+        words.append(f"{count:,} {ending or 'without an ending'}{remedy}")
+    return ", ".join(words)
+
+
+@functools.cache
+def _warn_once(line):
+    """A warning on stderr, by the first process on each machine; each part of a set is read several times."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        to_stderr(f"warning: {printable(line)}")
+
+
+def _pictures_below(top, left_out):
+    """Paths of the pictures in a folder and its subfolders, links followed; counts other files by ending."""
     paths, seen = [], {os.path.realpath(top)}
     for parent, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
@@ -393,10 +446,12 @@ def _pictures_below(top):
         folders[:] = [name for name in real if not name.startswith(".") and real[name] not in seen]
         seen.update(real[name] for name in folders)
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 paths.append(os.path.join(parent, name))
-    if not paths:
-        raise UserError(f"--data {top}: no pictures in this folder ({' '.join(SUFFIXES)})")
+            else:
+                left_out[_ending(name)] += 1
     return paths
 
 
@@ -433,11 +488,16 @@ def _read_list(path):
 
 
 def _number_labels(labels):
-    """(numbers, class names) of a list's labels: decimal ones are the numbers; others are sorted by name."""
-    if all(label.isdecimal() for label in labels):
+    """(numbers, class names) of a list's labels: decimal ones are the numbers, unless most numbers up to the
+    largest, above 1,000, are missing. Others are sorted, by number or by name."""
+    if all(label.isdecimal() and len(label) < 19 for label in labels):
         numbers = [int(label) for label in labels]
-        return numbers, [str(c) for c in range(1 + max(numbers))]
-    names = sorted(set(labels))
+        names = sorted(set(numbers))
+        if names[-1] < max(1000, 2 * len(names)):
+            return numbers, [str(c) for c in range(1 + names[-1])]
+        labels, names = map(str, numbers), [str(number) for number in names]
+    else:
+        names = sorted(set(labels))
     number = {name: c for c, name in enumerate(names)}
     return [number[label] for label in labels], names
 
@@ -445,24 +505,43 @@ def _number_labels(labels):
 def read_picture(path):
     """A picture file as uint8 [3, H, W].
 
-    EXIF orientation is applied, transparency dropped; of several frames it is the first. Pillow reads it, as
-    torchvision's JPEG decoder takes 0.85 instead of 0.95 ms and is deprecated since version 0.29.
-    Raises UserError, one line, for everything that is not a picture.
+    EXIF orientation is applied; of several frames it is the first. What is transparent is put on white, as
+    colours under it are arbitrary. Pillow reads it, as torchvision's JPEG decoder takes 0.85 instead of
+    0.95 ms and is deprecated since version 0.29. Raises UserError, one line, for everything else.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):        # opening a pipe would wait for its other end
             raise ValueError("not a regular file")
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            deep_colours = any(";16" in str(tile) for tile in image.tile)      # Pillow keeps the upper 8 bits
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):                 # 16 bits, which Pillow would clip to 8
-                levels = np.clip(np.asarray(image) / 257, 0, 255).round()
-                image = Image.fromarray(levels.astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            if image.mode.startswith(("I", "F")):
+                image = Image.fromarray(_to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.array(image.convert("RGB"))
+            if deep_colours and image.mode == "RGB" and pixels.max() < 16:
+                pixels *= 17                               # 12 bits stored in 16, see _to_8_bits
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     except Exception as error:                             # a damaged file makes a decoder raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}"
         raise UserError(printable(f"{path}: not a readable picture ({reason})")) from None
+
+
+def _to_8_bits(levels):
+    """uint8 [H, W] of integers or floats [H, W], which Pillow would clip to 255.
+
+    White is the first of TOPS that no level exceeds (1 for floats only): 12 bits are often stored in 16.
+    """
+    low, high = levels.min(), levels.max()
+    if not 0 <= low <= high <= TOPS[-1]:                   # true for NaN
+        raise ValueError(f"levels from {low:g} to {high:g}; scale them to 0 to {TOPS[-1]}")
+    tops = TOPS if levels.dtype.kind == "f" else TOPS[1:]
+    white = next(top for top in tops if high <= top)
+    return (levels * (255 / white)).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------- labelled sets
@@ -509,12 +588,12 @@ def labelled(args, config):
 
 
 def hold_out(labels, share, seed):
-    """Ascending indices (kept, held out) of images with labels [N]; of each class the share is held out."""
+    """Ascending indices (kept, held out) of images with labels [N]: of each class the share, never all."""
     shuffled = torch.from_numpy(np.random.default_rng([seed, 6]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         of_class = shuffled[labels[shuffled] == label]
-        held[of_class[:round(share * len(of_class))]] = True
+        held[of_class[:min(round(share * len(of_class)), len(of_class) - 1)]] = True
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
@@ -570,12 +649,18 @@ class Batches(torch.utils.data.Dataset):
         yield from np.random.default_rng([self.seed, 8, index]).permutation(len(self.dataset))
 
 
-def num_workers(wanted, dataset, world_size=1):
-    """Data-loader workers of a process: as wanted; for -1 one per core, or none for a set in memory."""
+def num_workers(wanted, dataset):
+    """Data-loader workers of a process: as wanted; for -1 none for a set in memory, else its share of the
+    CPUs that the processes on this machine may use."""
     if wanted >= 0 or dataset.images is not None:
         return max(0, wanted)
-    processes = min(world_size, torch.cuda.device_count() or world_size)          # on this machine
-    return max(1, (os.cpu_count() or 1) // processes)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):           # no such file, or no limit in it
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cpus = min(cpus, math.ceil(quota / period))
+    total = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(total, torch.cuda.device_count() or total)))
+    return max(1, cpus // processes)
 
 
 def own_group(worker):

@@ -131,7 +131,8 @@ def main(args):
     size, mean, std = input_of(source)       # the teacher keeps its input, whatever the data
     options = folder_options(args, source)
     config = dict(vars(args), **options, loss="seed", data=args.data or source["data"],
-                  image_size=args.image_size or size, mean=args.mean or mean, std=args.std or std)
+                  image_size=args.image_size or size, mean=args.mean or list(mean),
+                  std=args.std or list(std))
     if config["data"] is None:
         raise UserError(f"--data: {args.teacher} does not say on what it was trained; name the data")
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
@@ -176,7 +177,7 @@ def main(args):
     run.track(model=model, queues=queues, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

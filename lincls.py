@@ -278,7 +278,7 @@ def main(args):
     else:
         loader = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-            num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+            num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
             generator=torch.Generator()))        # else it draws from the generator that a checkpoint keeps
 
     def score_held():                        # top-1 and top-5 [2, L, G]

@@ -115,7 +115,7 @@ def main(args):
     size, mean, std = input_of(source["config"])         # the network keeps its input, whatever the data
     options = folder_options(args, source["config"])
     config = {**source["config"], **vars(args), **options, "data": args.data or source["config"]["data"],
-              "image_size": args.image_size or size, "mean": mean, "std": std}
+              "image_size": args.image_size or size, "mean": list(mean), "std": list(std)}
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     config["pictures"] = dataset.files
     check(args, dataset, world_size)
@@ -157,7 +157,7 @@ def main(args):
     run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, left_out=left_out)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

@@ -241,7 +241,7 @@ def main(args):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, train, world_size), pin_memory=device.type == "cuda",
+        num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that dropout uses
 
     def evaluate(part):                      # classes [n, 5] of this process's images; accuracies of all [2]

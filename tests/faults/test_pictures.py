@@ -3,6 +3,7 @@
     pytest tests/faults/test_pictures.py
 """
 
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import traceback
+import types
 import zlib
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from PIL import Image
 from processes import finish, log_lines, metrics_of, run, same, start, wait_for, wait_until, weights
 
 import checkpoint
+import data
 from checkpoint import UserError
 from data import Batches, ImageSet, build_dataset, eval_batches, read_picture
 from views import build_views
@@ -74,11 +77,19 @@ def animated(kind, **options):
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
-STEPS = Image.fromarray(np.repeat(np.array([[0, 257 * 128]], np.uint16), 24, 1).repeat(32, 0))   # 16 bits
+
+
+def levels(two, dtype):
+    """A left and a right half of these two levels."""
+    return Image.fromarray(np.repeat(np.array([two], dtype), 24, 1).repeat(32, 0))
+
+
+STEPS = levels([0, 257 * 128], np.uint16)         # 16 bits
+WHITE = (255, 255, 255)
 WIDE, TALL = (32, 48), (48, 32)                   # [H, W] of a sound one, and of one turned
 PLAIN = (WIDE, RED, BLUE)                         # its height and width, its first and its last pixel
 GRAY = (WIDE, (0, 0, 0), (128, 128, 128))
-FOREIGN = "none of JPEG, PNG, BMP, GIF, PPM, WEBP, TIFF"
+FOREIGN = "none of JPEG, PNG, BMP, GIF, PPM, WEBP, TIFF"      # and AVIF where Pillow reads it
 ODD = {                                           # read: content, (height and width, first and last pixel)
     "plain.jpg": (encoded("JPEG"), PLAIN), "progressive.jpg": (encoded("JPEG", progressive=True), PLAIN),
     "cmyk.jpg": (encoded("JPEG", picture().convert("CMYK")), PLAIN),
@@ -89,13 +100,27 @@ ODD = {                                           # read: content, (height and w
                        (WIDE, (255,) * 3, (0,) * 3)),
     "palette.png": (encoded("PNG", picture().convert("P", palette=Image.Palette.ADAPTIVE)), PLAIN),
     "palette-alpha.png": (encoded("PNG", picture().convert("P", palette=Image.Palette.ADAPTIVE),
-                                  transparency=b"\x40\xff"), PLAIN),
+                                  transparency=b"\x00\xff"), (WIDE, WHITE, BLUE)),
     "alpha.png": (encoded("PNG", picture().convert("RGBA")), PLAIN),
-    "invisible.png": (png(1, 1, b"\0" + bytes([*RED, 0]), colour=6), ((1, 1), RED, RED)),
-    "gray-alpha.png": (png(1, 1, b"\0\x58\x20", colour=4), ((1, 1), (88,) * 3, (88,) * 3)),
+    "invisible.png": (png(1, 1, b"\0" + bytes([*RED, 0]), colour=6), ((1, 1), WHITE, WHITE)),
+    "half.png": (png(1, 1, b"\0" + bytes([*RED, 128]), colour=6), ((1, 1), (227, 147, 147), (227, 147, 147))),
+    "gray-alpha.png": (png(1, 1, b"\0\x58\x20", colour=4), ((1, 1), (234,) * 3, (234,) * 3)),
+    "one-colour-clear.png": (encoded("PNG", picture(), transparency=RED), (WIDE, WHITE, BLUE)),
+    "clear.gif": (encoded("GIF", picture().convert("P", palette=Image.Palette.ADAPTIVE), transparency=0),
+                  (WIDE, WHITE, BLUE)),
     "deep-gray.png": (encoded("PNG", STEPS), GRAY), "deep-gray.tif": (encoded("TIFF", STEPS), GRAY),
     "deep-gray.pgm": (b"P5 2 1 65535\n" + struct.pack(">2H", 0, 128 * 257), ((1, 2), (0,) * 3, (128,) * 3)),
     "deep-turned.png": (encoded("PNG", STEPS, **exif(6)), (TALL, (0, 0, 0), (128, 128, 128))),
+    "float.tif": (encoded("TIFF", levels([0, 0.5], np.float32)), GRAY),
+    "float-255.tif": (encoded("TIFF", levels([0, 128], np.float32)), GRAY),
+    "float-65535.tif": (encoded("TIFF", levels([0, 128 * 257], np.float32)), GRAY),
+    "integers.tif": (encoded("TIFF", levels([0, 128 * 257], np.int32)), GRAY),
+    "12-bits.png": (encoded("PNG", levels([4095, 2056], np.uint16)), (WIDE, WHITE, (128,) * 3)),
+    "12-bits.tif": (encoded("TIFF", levels([4095, 2056], np.uint16)), (WIDE, WHITE, (128,) * 3)),
+    "8-bits-in-16.png": (encoded("PNG", levels([0, 128], np.uint16)), GRAY),
+    "black.png": (encoded("PNG", levels([0, 0], np.uint16)), (WIDE, (0,) * 3, (0,) * 3)),
+    "12-bit-colour.png": (png(1, 1, b"\0" + struct.pack(">3H", 0xFFF, 0x800, 0), 16),
+                          ((1, 1), (255, 136, 0), (255, 136, 0))),
     "deep-colour.png": (png(1, 1, b"\0" + struct.pack(">3H", *(257 * v for v in RED)), 16),
                         ((1, 1), RED, RED)),
     "one-pixel.png": (png(1, 1, b"\0" + bytes(RED)), ((1, 1), RED, RED)),
@@ -127,6 +152,9 @@ BROKEN = {                                        # content or what makes it, pa
     "a-flipped-bit.png": (flipped(encoded("PNG", NOISE), b"IDAT", 300), "broken"),
     "no-width.png": (png(0, 0, b""), FOREIGN),
     "bomb.png": (png(30_000, 30_000, bytes(1000)), "exceeds limit"),
+    "float-nan.tif": (encoded("TIFF", levels([0, np.nan], np.float32)), "levels from nan"),
+    "float-negative.tif": (encoded("TIFF", levels([-1, 1], np.float32)), "levels from -1 to 1; scale them"),
+    "integers-too-large.tif": (encoded("TIFF", levels([0, 70_000], np.int32)), "levels from 0 to 70000"),
     "bomb-in-text.png": (png(1, 1, b"\0" + bytes(RED), text=bytes(1 << 27)), "too large"),
     "postscript.jpg": (encoded("EPS"), FOREIGN), "jpeg2000.jpg": (encoded("JPEG2000"), FOREIGN),
     "icon.png": (encoded("ICO"), FOREIGN),
@@ -211,6 +239,33 @@ def test_odd_pictures_are_read(name, tmp_path, capfd):
         assert inputs_of(dataset).shape == (8, 3, 16, 16)
     assert dataset.readable().paths.tolist() == dataset.paths.tolist()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind, suffix", [("AVIF", ".avif"), ("HEIF", ".heic"), ("HEIF", ".HEIF")])
+def test_pictures_of_phones_are_read(kind, suffix, tmp_path):
+    if suffix.lower() not in data.SUFFIXES:
+        pytest.skip(data.REMEDIES[suffix.lower()])
+    picture().save(tmp_path / f"a{suffix}", kind, quality=95)
+    (tmp_path / "plain.jpg").write_bytes(encoded("JPEG"))
+    dataset = build_dataset(str(tmp_path), "train")
+    assert len(dataset) == 2 and dataset[0].shape == (3, 32, 48)
+    for pixel, colour in ((dataset[0][:, 5, 5], RED), (dataset[0][:, -5, -5], BLUE)):
+        assert (pixel.int() - torch.tensor(colour)).abs().max() <= 6
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_heic_is_read_where_pillow_heif_is_installed(installed, monkeypatch):
+    """The module is loaded once more, beside an optional package that is there or not."""
+    registered = []
+    package = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package if installed else None)
+    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "data_again", again)
+    spec.loader.exec_module(again)
+    assert registered == [True] * installed
+    assert (".heic" in again.SUFFIXES) == ("HEIF" in again.FORMATS) == installed
+    assert again.REMEDIES[".heic"] == "install pillow-heif"
 
 
 @pytest.fixture

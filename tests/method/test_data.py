@@ -3,6 +3,7 @@
     pytest tests/method/test_data.py
 """
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -15,6 +16,7 @@ import torchvision.transforms as T
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
+import data
 from checkpoint import UserError
 from data import (
     FASHION_MNIST,
@@ -24,7 +26,14 @@ from data import (
     CentreCrops,
     ImageSet,
     build_dataset,
+    count_overlap,
     eval_batches,
+    folder_flags,
+    folder_options,
+    hold_out,
+    in_validation,
+    labelled,
+    num_workers,
     read_picture,
 )
 from views import UNIFORMS, RandomView, build_views, crop_resize, normalize
@@ -138,15 +147,219 @@ def test_lists(tmp_path):
 
 @pytest.mark.parametrize("path, message", [
     ("none", "'.*none' is neither a data set .fashion-mnist, .* nor a folder or list"),
-    ("empty", "no pictures in this folder"), ("notes", "no pictures in this folder"),
-    ("hole", "hole/dog: no pictures in this folder")])
+    ("empty", r"no pictures in this folder \(.jpg .*\); it has no files at all$"),
+    ("notes", r"no pictures in this folder \(.*\); it has 1 .txt$"),
+    ("phone", r"no pictures in this folder \(.*\); it has 2 .xyz, 1 without an ending, 1 .txt$")])
 def test_nothing_there_is_one_line(tmp_path, path, message):
-    make(tmp_path, "notes/a.txt", "hole/cat/a.jpg", "hole/dog/a.txt", "sound/cat/a.jpg", "sound/dog/a.jpg")
+    make(tmp_path, "notes/a.txt", "phone/cat/a.XYZ", "phone/cat/b.xyz", "phone/dog/a.txt", "phone/README",
+         "sound/cat/a.jpg", "sound/dog/a.jpg")
     (tmp_path / "empty").mkdir()
     assert len(build_dataset(str(tmp_path / "sound"), "train")) == 2
     with pytest.raises(UserError, match=f"--data.*{message}") as error:
         build_dataset(str(tmp_path / path), "train")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_left_out_is_counted_and_said_once(tmp_path, capfd, monkeypatch):
+    make(tmp_path, "cat/a.jpg", "cat/b.jfif", "cat/c.jpe", "dog/a.jpg", "dog/b.heic", "dog/deep/c.HEIC",
+         "dog/notes.txt", "__MACOSX/x.txt", "eel/a.heic", ".hidden/x.txt", "cat/.x.txt", "README")
+    monkeypatch.setattr(data, "SUFFIXES", tuple(suffix for suffix in SUFFIXES if suffix != ".heic"))
+    for split in ("train", "test"):
+        assert list(found(tmp_path, split)) == ["cat/a.jpg", "cat/b.jfif", "cat/c.jpe", "dog/a.jpg"]
+    assert build_dataset(str(tmp_path), "train").class_names == ["cat", "dog"]
+    assert capfd.readouterr().err.splitlines() == [
+        f"warning: --data {tmp_path}: folders without pictures are left out: __MACOSX, eel",
+        f"warning: --data {tmp_path}: 6 files are left out: 3 .heic (install pillow-heif), 2 .txt, "
+        "1 without an ending"]
+
+
+def test_one_class_of_a_validation_folder_keeps_its_label(tmp_path):
+    make(tmp_path, "train/cat/a.jpg", "train/dog/a.jpg", "val/dog/a.jpg", "val/dog/b.jpg")
+    assert found(tmp_path, "test") == {"val/dog/a.jpg": "dog", "val/dog/b.jpg": "dog"}
+    assert build_dataset(str(tmp_path), "test").labels.tolist() == [1, 1]
+    os.rename(tmp_path / "val/dog", tmp_path / "val/all")                         # no class of that name
+    assert set(found(tmp_path, "test").values()) == {None}
+
+
+def test_numbers_of_a_list_make_no_classes_without_pictures(tmp_path):
+    make(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    (tmp_path / "train.txt").write_text("a.jpg 3000000\nb.jpg 7\nc.jpg 20\n")
+    (tmp_path / "val.txt").write_text("d.jpg 20\n")
+    train, test = (build_dataset(str(tmp_path), split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ["7", "20", "3000000"]
+    assert train.labels.tolist() == [2, 0, 1] and test.labels.tolist() == [1]
+    (tmp_path / "train.txt").write_text("a.jpg 999\nb.jpg 7\n")                   # of ImageNet, say
+    (tmp_path / "val.txt").write_text("d.jpg 7\n")
+    train, test = (build_dataset(str(tmp_path), split) for split in ("train", "test"))
+    assert train.labels.tolist() == [999, 7] and len(train.class_names) == 1000
+    assert test.labels.tolist() == [7]
+    (tmp_path / "train.txt").write_text(f"a.jpg {'9' * 5000}\nb.jpg 7\n")
+    assert build_dataset(str(tmp_path), "train").labels.tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------- parts and classes
+def options_of(words, config=None, data_name=None):
+    parser = argparse.ArgumentParser()
+    folder_flags(parser)
+    return folder_options(argparse.Namespace(data=data_name, **vars(parser.parse_args(words))), config)
+
+
+@pytest.mark.parametrize("kind", ["classes", "flat", "list"])
+def test_val_share_divides_by_name(tmp_path, kind):
+    """Disjoint, whole, the same in a copy elsewhere, and no picture moves when others are added."""
+    def parts(where, number):
+        names = [f"{c}/{i}.jpg" for c in ("cat", "dog") for i in range(number)]
+        if kind == "flat":
+            names = [name.replace("/", "") for name in names]
+        for name in names:
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).touch()
+        (where / "list.txt").write_text("".join(f"{name} {name[:3]}\n" for name in names))
+        path = where / "list.txt" if kind == "list" else where
+        sets = [build_dataset(str(path), split, val_share=0.3) for split in ("train", "test", "pretrain")]
+        assert [part.part for part in sets] == ["training images", "validation images", "training images"]
+        assert sets[0].paths.tolist() == sets[2].paths.tolist() and sets[2].labels is None
+        train, val = ({os.path.relpath(os.fsdecode(path), where) for path in part.paths} for part in sets[:2])
+        assert not train & val and train | val == set(names)
+        if kind != "flat":
+            assert sets[1].class_names == ["cat", "dog"]
+            assert all(0.2 < share < 0.4 for share in sets[1].labels.bincount() / number)
+            assert [name[:3] for name in sorted(val)] == [["cat", "dog"][c] for c in sorted(sets[1].labels)]
+        return train, val
+    train, val = parts(tmp_path / "one", 150)
+    assert parts(tmp_path / "another/place", 150) == (train, val)
+    more_train, more_val = parts(tmp_path / "one", 200)
+    assert train < more_train and val < more_val
+
+
+def test_val_share_is_the_share():
+    names = [f"x/{i}.jpg" for i in range(4000)]
+    chosen = [in_validation(names, "x", share).mean() for share in (0.05, 0.2, 0.5, 0.9)]
+    assert chosen == pytest.approx([0.05, 0.2, 0.5, 0.9], abs=0.03)              # four standard deviations
+    assert (in_validation(names, "x", 0.2) <= in_validation(names, "x", 0.5)).all()
+
+
+def test_group_names_keeps_groups_on_one_side(tmp_path):
+    names = [f"{c}/person-{p}_{i}.jpg" for c in ("cat", "dog") for p in range(100) for i in range(3)]
+    plain, grouped = (in_validation(names, str(tmp_path), 0.4, group) for group in (False, True))
+    sides = {}
+    for name, chosen in zip(names, grouped.tolist(), strict=True):
+        sides.setdefault(name.split("/")[1].split("_")[0], set()).add(chosen)
+    assert all(len(side) == 1 for side in sides.values()) and 0.2 < grouped.mean() < 0.6
+    assert len({side for sides_of in (plain[:3], plain[3:6], plain[6:9]) for side in sides_of}) == 2
+    for name in (f"IMG_{i}.jpg" for i in range(9)):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="no .* images among the 9; .*leave --group-names out"):
+        for split in ("train", "test"):
+            build_dataset(str(tmp_path), split, val_share=0.5, group_names=True)
+
+
+def test_classes_are_taken_in_the_files_order(tmp_path):
+    make(tmp_path, "ant/a.jpg", "bee/b.jpg", "cow/c.jpg", "cow/d.jpg")
+    (tmp_path / "names.txt").write_text("cow\n\nant\n")
+    options = options_of(["--classes", f"{tmp_path}/names.txt"])
+    assert options["classes"] == ["cow", "ant"]
+    dataset = build_dataset(str(tmp_path), "train", **options)
+    assert dataset.labels.tolist() == [1, 0, 0] and dataset.class_names == ["cow", "ant"]
+    assert len(build_dataset(str(tmp_path), "pretrain", **options)) == 3
+    fake, some = build_dataset("fake", "test"), build_dataset("fake", "test", classes=["class 7", "class 2"])
+    assert some.images.equal(fake.images[(fake.labels == 7) | (fake.labels == 2)])
+    assert some.images[some.labels == 0].equal(fake.images[fake.labels == 7])
+    with pytest.raises(UserError, match="'clas 8' is not among the 10 classes of fake; is 'class 8' meant"):
+        build_dataset("fake", "train", classes=["clas 8"])
+    make(tmp_path / "pile", "a.jpg")
+    with pytest.raises(UserError, match="--classes: .*pile has no labels"):
+        build_dataset(str(tmp_path / "pile"), "pretrain", classes=["cow"])
+    for text, message in (("", "is empty"), ("cow\nbee\ncow\n", "names 'cow' twice")):
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(UserError, match=f"--classes .*names.txt: {message}"):
+            options_of(["--classes", f"{tmp_path}/names.txt"])
+    with pytest.raises(UserError, match="--classes none.txt: cannot be read .No such file"):
+        options_of(["--classes", "none.txt"])
+
+
+def test_a_checkpoint_says_which_parts_and_classes_were_trained_on(tmp_path):
+    make(tmp_path, "mine/a.jpg", "other/a.jpg")
+    trained = dict(data=f"{tmp_path}/mine", val_share=0.3, group_names=True, classes=["x"])
+    own = dict(val_share=0.3, group_names=True, classes=["x"])
+    nothing = dict(val_share=None, group_names=None, classes=None)
+    assert options_of([], trained) == own and options_of([], trained, f"{tmp_path}/other/../mine/") == own
+    assert options_of([], trained, f"{tmp_path}/other") == options_of([], trained, "fake") == nothing
+    assert options_of([]) == options_of([], dict(data=None)) == options_of([], dict(data="fake")) == nothing
+    given = options_of(["--val-share", "0", "--no-group-names"], trained)
+    assert given == dict(own, val_share=0, group_names=False)
+    with pytest.raises(UserError, match="--group-names: needs --val-share"):
+        options_of(["--group-names"])
+
+
+def test_val_share_is_refused_where_there_are_parts(tmp_path):
+    make(tmp_path, "train/a.jpg", "val/a.jpg")
+    for name in ("fake", str(tmp_path)):
+        with pytest.raises(UserError, match=f"--val-share: {name} has .* already; leave the flag out"):
+            build_dataset(name, "train", val_share=0.2)
+        assert build_dataset(name, "train", val_share=0).part == "training images"
+    assert build_dataset(str(tmp_path), "test").part == "validation images"
+    os.rename(tmp_path / "val", tmp_path / "test")
+    assert build_dataset(str(tmp_path), "test").part == build_dataset("fake", "test").part == "test images"
+    assert build_dataset(str(tmp_path / "train"), "test").part == "images"
+
+
+def test_pictures_in_both_parts_are_counted_and_refused(tmp_path):
+    """In another order, through links of folders and of files, in part."""
+    make(tmp_path, "train/cat/a.jpg", "train/cat/b.jpg", "train/dog/c.jpg", "val/cat/x.jpg", "val/dog/y.jpg")
+    args = argparse.Namespace(data=str(tmp_path), data_dir="", checkpoint="", val_share=None)
+    assert [len(part) for part in labelled(args, {})] == [3, 2]
+    (tmp_path / "val/dog/link.jpg").symlink_to(tmp_path / "train/cat/b.jpg")
+    (tmp_path / "val/cat/more").symlink_to(tmp_path / "train/dog")
+    train, test = (build_dataset(str(tmp_path), split) for split in ("train", "test"))
+    assert count_overlap(train, test) == 2
+    assert count_overlap(train, train.subset(torch.tensor([2, 0]))) == 2
+    with pytest.raises(UserError, match="2 of the 4 validation images are training images, too; remove"):
+        labelled(args, {})
+    (tmp_path / "cat.txt").write_text("train/cat/a.jpg 0\ntrain/dog/c.jpg 1")
+    args.data = f"{tmp_path}/cat.txt"
+    with pytest.raises(UserError, match="has no train and val parts; --val-share 0.2 keeps a fifth"):
+        labelled(args, {})
+
+
+def test_one_picture_alone_can_be_chosen(tmp_path):
+    make(tmp_path, "a.jpg", "b.jpg")
+    both = build_dataset(str(tmp_path), "train")
+    one = both.subset(torch.tensor([False, True])).subset(torch.tensor([True]))
+    assert one.paths.tolist() == [os.fsencode(tmp_path / "b.jpg")] and one.positions.tolist() == [1]
+    assert len(one.readable()) == 1 and len(one.subset(torch.tensor([False]))) == 0
+    assert both.subset(slice(1, None)).paths.tolist() == one.paths.tolist()
+    x = list(eval_batches(one, dict(data="files", image_size=8), "cpu"))
+    assert [len(batch) for batch in x] == [1] and len(one.readable()) == 1
+
+
+def test_held_out_images_leave_each_class_one():
+    labels = torch.tensor([0, 0, 0, 1, 2, 2])
+    kept, held = hold_out(labels, 0.99, seed=0)
+    assert labels[kept].tolist() == [0, 1, 2] and len(held) == 3
+
+
+@pytest.mark.parametrize("environment, quota, expected", [
+    ({}, None, 6), (dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="16"), None, 3), (dict(WORLD_SIZE="3"), None, 2),
+    (dict(LOCAL_WORLD_SIZE="8"), None, 1), ({}, "250000 100000", 3), ({}, "max 100000", 6)])
+def test_workers_are_as_many_as_cpus_for_this_process(tmp_path, monkeypatch, environment, quota, expected):
+    """Of the CPUs that it may use, in a container and beside other processes."""
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(data, "CPU_LIMIT", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    make(tmp_path, "a.jpg")
+    files = build_dataset(str(tmp_path), "train")
+    assert num_workers(-1, files) == expected and num_workers(5, files) == 5
+    assert num_workers(-1, build_dataset("fake", "test")) == 0
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert num_workers(-1, files) > expected or quota == "250000 100000"
 
 
 # ---------------------------------------------------------------- how it is read
@@ -410,7 +623,8 @@ def unchecked(monkeypatch):
 @pytest.mark.parametrize("name, folder, files, meta, key", [
     ("cifar10", "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
      ("batches.meta", "label_names"), "labels"),
-    ("cifar100", "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels")])
+    ("cifar100", "cifar-100-python", ["train", "test"], ("meta", "fine_label_names"), "fine_labels"),
+    ("cifar100-20", "cifar-100-python", ["train", "test"], ("meta", "coarse_label_names"), "coarse_labels")])
 def test_cifar(tmp_path, monkeypatch, unchecked, name, folder, files, meta, key):
     rng, root = np.random.default_rng(0), tmp_path / folder
     root.mkdir()
@@ -418,10 +632,13 @@ def test_cifar(tmp_path, monkeypatch, unchecked, name, folder, files, meta, key)
     for file in files:
         pixels[file] = rng.integers(0, 256, (20, 3072), np.uint8)
         labels[file] = rng.integers(0, 10, 20).tolist()
-        (root / file).write_bytes(pickle.dumps({"data": pixels[file], key: labels[file]}))
-    (root / meta[0]).write_bytes(pickle.dumps({meta[1]: [f"thing {c}" for c in range(10)]}))
-    monkeypatch.setattr(getattr(torchvision.datasets, name.upper()), "meta",
-                        dict(filename=meta[0], key=meta[1], md5=None))
+        others = {"fine_labels": [0] * 20, "coarse_labels": [0] * 20}             # labels of the other kind
+        (root / file).write_bytes(pickle.dumps({"data": pixels[file]} | others | {key: labels[file]}))
+    names = {"fine_label_names": ["wrong"] * 10, meta[1]: [f"thing {c}" for c in range(10)]}
+    (root / meta[0]).write_bytes(pickle.dumps(names))
+    kind = getattr(torchvision.datasets, name.removesuffix("-20").upper())
+    known = "fine_label_names" if name == "cifar100-20" else meta[1]
+    monkeypatch.setattr(kind, "meta", dict(filename=meta[0], key=known, md5=None))
     for split, used in (("train", files[:-1]), ("pretrain", files[:-1]), ("test", files[-1:])):
         dataset = build_dataset(name, split, 0, str(tmp_path))
         expected = np.concatenate([pixels[f] for f in used]).reshape(-1, 3, 32, 32)
@@ -451,7 +668,7 @@ def test_stl10(tmp_path, unchecked):
     assert dataset.labels is None                                                 # most have none
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "cifar100-20", "stl10"])
 def test_what_is_not_downloaded_is_said(tmp_path, name):
     with pytest.raises(UserError, match=f"--data {name}: not whole in --data-dir .*download=True") as error:
         build_dataset(name, "train", 0, str(tmp_path))

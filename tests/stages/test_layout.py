@@ -29,7 +29,8 @@ LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
-ALSO = {"data.py": {"PIL"}, "pictures.py": {"PIL", "matplotlib"}}      # PIL comes with torchvision
+ALSO = {"data.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"}}
+# PIL comes with torchvision, the others are optional
 
 
 def parser_of(script):
