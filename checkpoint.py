@@ -2,9 +2,12 @@
 
 save_checkpoint and load_checkpoint keep the state of a run. load_twist and load_pretrained return the network
 of a file, load_backbone and load_head that of another project. The checks of hostile files stand at the end.
+Wherever a file is read, a run's folder means its newest readable checkpoint.
 """
 
 import argparse
+import json
+import math
 import os
 import pickletools
 import re
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import build_backbone, build_network
+from model import ARCHS, build_backbone, build_network
 
 VERSION = 1
 
@@ -58,12 +61,22 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote. Raises UserError unless the file is whole."""
-    state, verified = read_file(path)
+    return _require_ours(*read_file(path), path)
+
+
+def _require_ours(state, verified, path):
     if not verified:
         raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short)")
     if not is_ours(state):
-        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)")
+        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)"
+                        f"{_hint_at_run(path)}")
     return state
+
+
+def _hint_at_run(path):
+    """For a bare backbone, which lies beside the checkpoint of its run."""
+    beside = Path(path).with_name("checkpoint.pth")
+    return f"; the run's whole network is in {beside}" if beside.is_file() and beside != Path(path) else ""
 
 
 def load_last_checkpoint(out):
@@ -127,7 +140,7 @@ def is_ours(content):
         return False
     values = []
     for value in config.values():
-        values += value if isinstance(value, list) else [value]
+        values += value if isinstance(value, list | tuple) else [value]
     return all(value is None or isinstance(value, (str, int, float)) for value in values)
 
 
@@ -138,17 +151,30 @@ def load_twist(path, key=None):
     key: teacher, the momentum encoder, or student, the trained network; None: teacher if there is one.
     Raises UserError for a run that had another loss, and so no classes.
     """
-    state = load_checkpoint(path)
-    config = state["config"]
-    refuse_classless(config, path)
-    return build_ours(config, state[_choose(state, key, path)], path), config
+    state = load_trained(path)
+    return build_ours(state["config"], state[_choose(state, key, path)], path), state["config"]
+
+
+def load_trained(path):
+    """{model, config, maybe teacher} of a Twist, from a checkpoint of a run or of TWIST's released code.
+
+    Raises UserError for a bare backbone, and for a network that was trained by an objective without classes.
+    """
+    content, verified = read_file(path)
+    published = None if is_ours(content) else read_published(content, path)
+    state = published if published and verified else _require_ours(content, verified, path)
+    loss = state["config"].get("loss", "twist")
+    if loss != "twist":
+        raise UserError(f"{path}: holds no classes, because its loss was {loss}, not twist")
+    return state
 
 
 def load_pretrained(path, arch=None, small_images=False, key=None):
     """(backbone, configuration for data.input_of) of a file, for stages that start from a trained backbone.
 
-    A checkpoint of this project knows its arch; key is as for load_twist. Any other file, a bare backbone
-    included, is read into build_backbone(arch, small_images) by load_backbone(..., key).
+    A checkpoint of this project or of TWIST's released code needs no arch; key is as for load_twist. A bare
+    backbone of a run needs none if its description lies beside it (see read_description). Any other file is
+    read into build_backbone(arch, small_images) by load_backbone(..., key).
     """
     return _pretrained(path, arch, small_images, key)[:2]
 
@@ -160,21 +186,24 @@ def load_teacher(path, arch=None, head="auto"):
     return backbone, *load_head(path, place, head, activation), config
 
 
-def refuse_classless(config, path):
-    """Raises UserError for a network that was trained by an objective without classes."""
-    if config.get("loss", "twist") != "twist":
-        raise UserError(f"{path}: holds no classes, because its loss was {config['loss']}, not twist")
-
-
 def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch", key_flag="--key"):
     """(backbone, configuration, place of the backbone in the file); the flags are those of the stage."""
     content, _ = read_file(path)
-    if is_ours(content):
-        config = content["config"]
-        if arch is not None and arch != config.get("arch"):
-            raise UserError(f"{arch_flag} {arch}: {path} holds a {config.get('arch')}; leave {arch_flag} out")
-        name = _choose(content, key, path, key_flag)
-        return build_ours(config, content[name], path).backbone, config, f"{name}.backbone"
+    trained = content if is_ours(content) else None
+    if trained is None and arch is None:
+        trained = read_published(content, path)
+    config = trained["config"] if trained else read_description(path)
+    if config and arch not in (None, config.get("arch")):
+        raise UserError(f"{arch_flag} {arch}: {path} holds a {config.get('arch')}; leave {arch_flag} out")
+    if trained:
+        name = _choose(trained, key, path, key_flag)
+        place = f"{name}.{trained.get('prefix', '')}backbone"
+        return build_ours(config, trained[name], path).backbone, config, place
+    if config and small_images and not config["small_images"]:
+        raise UserError(f"--small-images: {path} has no such stem, as its .json says; leave it out")
+    if config:
+        backbone = build_backbone(config["arch"], config["small_images"])
+        return backbone, config, load_backbone(backbone, path, key).place
     if arch is None:
         raise UserError(f"{arch_flag}: {path} is no training checkpoint of this project and does not say "
                         f"which network it holds; name it by {arch_flag}")
@@ -186,6 +215,132 @@ def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch
     config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0,
               "small_images": small_images, "input_from": f"ImageNet's, as {path} does not say"}
     return backbone, config, place
+
+
+def load_init(network, args):
+    """Starts a Twist from the weights of --init; not if the run resumes, since its own weights follow then.
+
+    Of a whole network the head is taken too if it has the same sizes; of other files the backbone alone.
+    Says which. Raises UserError if the backbone is not that of --arch.
+    """
+    out = Path(args.output_dir)
+    saved = (out / "checkpoint.pth").exists() or (out / "checkpoint.prev.pth").exists()
+    if args.init is None or args.resume not in ("auto", "never") or saved and not args.overwrite:
+        return
+    if args.restarts > 1:
+        raise UserError(f"--restarts {args.restarts}: all would start from --init; use --restarts 1")
+    content, _ = read_file(args.init)
+    trained = content if is_ours(content) else read_published(content, args.init)
+    if trained is None:
+        load_backbone(network.backbone, args.init)
+        say_once(f"--init {args.init}: the backbone starts from it, the head anew")
+        return
+    weights = trained[_choose(trained, None, args.init, flag=None)]
+    misfit = differences(network.state_dict(), weights)
+    if not misfit:
+        network.load_state_dict(weights)
+        say_once(f"--init {args.init}: backbone and head start from it")
+        return
+    backbone = {str(name).removeprefix("backbone."): value for name, value in weights.items()
+                if str(name).startswith("backbone.")}
+    problem = differences(network.backbone.state_dict(), backbone)
+    if problem:
+        raise UserError(f"--init {args.init}: its {trained['config'].get('arch')} is not this --arch "
+                        f"{args.arch} ({problem}); use its flags")
+    network.backbone.load_state_dict(backbone)
+    say_once(f"--init {args.init}: the backbone starts from it, the head anew, as its own differs ({misfit})")
+
+
+# ---------------------------------------------------------------- TWIST's released code
+RENAMED = (("module.", ""),                                 # of DistributedDataParallel; the others are older
+           ("projection_heads.cls_heads.0.0.", "projection_heads.last_linear."),
+           ("projection_heads.cls_heads.0.1.", "projection_heads.norm."))
+
+
+def read_published(content, path):
+    """A checkpoint of TWIST's released code as {model, config, prefix, and teacher if there is one}, or None.
+
+    Its `args` are not read: sizes and arch stand in the tensors, the input is ImageNet's at 224 pixels.
+    Raises UserError if the backbone is none of ARCHS.
+    """
+    networks, is_candidate = {}, isinstance(content, dict) and "config" not in content
+    for name in ("model", "teacher"):
+        found = content.get(name) if is_candidate else None
+        if isinstance(found, dict):
+            networks[name] = {_renamed(str(key)): value for key, value in found.items()}
+    hidden = networks.get("model", {}).get("projection_heads.projection_head.0.bias")
+    last = networks.get("model", {}).get("projection_heads.last_linear.bias")
+    if not isinstance(hidden, torch.Tensor) or not isinstance(last, torch.Tensor):
+        return None
+    config = {"loss": "twist", "num_classes": last.numel(), "hidden_dim": hidden.numel(), "bunch_size": 0,
+              "nbs": "projection_heads.norm.running_var" in networks["model"], "small_images": False,
+              "data": None, "seed": 0, "image_size": 224, "mean": None, "std": None,
+              "input_from": "ImageNet's, as in TWIST's released code"}
+    vit = "backbone.cls_token" in networks["model"]
+    with torch.device("meta"):                              # no memory: each arch is tried
+        for arch in [arch for arch in ARCHS if arch.startswith("vit") == vit]:
+            if not differences(build_network(config | {"arch": arch}).state_dict(), networks["model"]):
+                say_once(f"{path}: a checkpoint of TWIST's released code; {arch}, {last.numel()} classes")
+                prefix = "module." * all(str(key).startswith("module.") for key in content["model"])
+                return networks | {"config": config | {"arch": arch}, "prefix": prefix}
+    raise UserError(f"{path}: looks like a checkpoint of TWIST's released code, but its network is none of "
+                    f"{', '.join(ARCHS)}")
+
+
+def _renamed(name):
+    for old, new in RENAMED:
+        name = name.replace(old, new, 1) if name.startswith(old) else name
+    return name
+
+
+# ---------------------------------------------------------------- what a bare backbone is
+def description(config, size, mean, std):
+    """What read_description reads, as JSON: arch, input and data of the backbone of a run's configuration."""
+    about = {"arch": config["arch"], "small_images": config.get("small_images", False), "image_size": size,
+             "mean": list(mean), "std": list(std)}
+    about |= {name: config.get(name) for name in ("data", "seed", "val_share", "group_names", "classes")}
+    return json.dumps(about, indent=1).encode()
+
+
+def read_description(path):
+    """The configuration in FILE.json beside a bare backbone FILE.pth, or None if there is none.
+
+    Raises UserError unless all values are of their kind.
+    """
+    file = Path(path).with_suffix(".json")
+    if Path(path).is_dir() or not file.is_file():
+        return None
+    try:
+        if file.stat().st_size > 2 ** 20:
+            raise ValueError("is too large")
+        about = json.loads(file.read_bytes())
+        kinds = {"arch": about["arch"] in ARCHS, "small_images": isinstance(about["small_images"], bool),
+                 "image_size": type(about["image_size"]) is int and 0 < about["image_size"] < 2 ** 16,
+                 "mean": _are_numbers(about["mean"], -math.inf), "std": _are_numbers(about["std"], 0),
+                 "data": isinstance(about["data"], str | None),
+                 "seed": type(about["seed"]) is int and 0 <= about["seed"] < 2 ** 48,
+                 "val_share": about["val_share"] is None or 0 <= about["val_share"] < 1,
+                 "group_names": isinstance(about["group_names"], bool | None),
+                 "classes": isinstance(about["classes"], list | None)}
+        if kinds["classes"] and not all(isinstance(name, str) for name in about["classes"] or ()):
+            kinds["classes"] = False
+        wrong = [name for name, right in kinds.items() if not right]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {printable(repr(about[wrong[0]]))[:40]}")
+        if about["small_images"] and not about["arch"].startswith("resnet"):
+            raise ValueError(f"small_images with {about['arch']}")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(f"{file}: does not describe the backbone in {path} ({said.splitlines()[0]}); restore "
+                        "it, or move it away and use --arch") from None
+    return about | {"input_from": f"from {file}"}
+
+
+def _are_numbers(values, low):
+    """Whether values is a list of one or three finite numbers above low."""
+    if not isinstance(values, list) or len(values) not in (1, 3):
+        return False
+    return all(type(value) in (int, float) and low < value < math.inf for value in values)
 
 
 def _choose(state, key, path, flag="--key"):
@@ -498,6 +653,8 @@ def read_file(path):
     `verified`. Raises UserError for everything that cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -521,6 +678,21 @@ def read_file(path):
         reason = said[0] if said else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     return content, verified
+
+
+def _read_folder(folder):
+    """read_file of a run's checkpoint.pth; of the one before where that is damaged or being replaced."""
+    last, previous = folder / "checkpoint.pth", folder / "checkpoint.prev.pth"
+    if not last.exists() and not previous.exists():
+        raise UserError(f"{folder}: a folder without a run's checkpoint.pth; name a file")
+    if not previous.exists():
+        return read_file(last)
+    try:
+        return read_file(last)
+    except UserError as error:
+        if last.exists():
+            to_stderr(f"warning: {error}; {previous.name} is read instead")
+    return read_file(previous)
 
 
 def _check_zip(file):

@@ -216,6 +216,8 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
     unlabelled part. val_share, group_names, classes: see folder_flags. Raises UserError.
     """
+    if name is None:
+        raise UserError("--data: the checkpoint does not say on what it was trained; name the data")
     options = dict(val_share=val_share, group_names=group_names, classes=classes)
     if split == "pretrain" and (name != "stl10" or classes):
         return replace(build_dataset(name, "train", seed, data_dir, **options), labels=None)

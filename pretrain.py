@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError
+from checkpoint import UserError, load_init
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from knn import knn_images, scores_to_watch
 from loss import momentum_twist_loss, twist_loss
@@ -58,6 +58,7 @@ def get_parser():
     folder_flags(parser)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
+    add("--init", metavar="FILE", help="start from its weights, a run's or any project's; with --restarts 1")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
     add("--num-classes", type=at_least(2), default=10, help="C, classes to find")
     add("--hidden-dim", type=at_least(1), default=512, help="width of the projection head's hidden layers")
@@ -165,6 +166,7 @@ def main(args):
     model = build_network(config, args.drop_path).to(device, memory_format=torch.channels_last)
     if args.zero_init_residual:
         zero_init_residual(model.backbone)
+    load_init(model, args)
     ddp = DistributedDataParallel(model) if world_size > 1 else model
     teacher = None
     if args.ema > 0:                         # stays in training mode: its own batch statistics, as published

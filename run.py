@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from checkpoint import (
     UserError,
+    description,
     load_checkpoint,
     load_last_checkpoint,
     save_checkpoint,
@@ -42,8 +43,8 @@ CHECK_EVERY = 50                 # the ranks agree at least every so many steps
 FREE_FLAGS = {"workers", "print_every", "save_every", "device", "amp", "output_dir", "timeout", "resume",
               "overwrite", "data_dir"}
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
-             "log.jsonl", "metrics.json", "curves.png", "head.pth", "predictions.csv", "labels.txt",
-             "checkpoint.damaged.pth")
+             "backbone.json", "backbone_student.json", "log.jsonl", "metrics.json", "curves.png", "head.pth",
+             "predictions.csv", "labels.txt", "checkpoint.damaged.pth")
 
 
 # ---------------------------------------------------------------- flags
@@ -233,16 +234,22 @@ class Run:
         self.say(shlex.join(["python", *sys.argv]))
 
     def save(self):
-        """Writes checkpoint.pth, and backbone.pth where the model has a backbone."""
+        """Writes checkpoint.pth, and where the model has a backbone backbone.pth and its description."""
+        # not above, because data.py imports this module
+        from data import input_of
+
         rng = [rng_state(self.device)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(rng, rng_state(self.device))
         if self.rank > 0:
             return
-        if self.backbone is not None:
-            write_atomically(self.out / "backbone.pth", self.backbone.state_dict())
+        backbones = {} if self.backbone is None else {"backbone": self.backbone}
         if "teacher" in self.parts:
-            write_atomically(self.out / "backbone_student.pth", self.parts["model"].backbone.state_dict())
+            backbones["backbone_student"] = self.parts["model"].backbone
+        for name, backbone in backbones.items():         # the description first, so that it is never missing
+            if "arch" in self.config:
+                write_atomically(self.out / f"{name}.json", description(self.config, *input_of(self.config)))
+            write_atomically(self.out / f"{name}.pth", backbone.state_dict())
         state = dict(step=self.step + 1, epoch=(self.step + 1) // self.steps_per_epoch, stage=self.stage,
                      rng=rng, config=self.config)
         for name, part in self.parts.items():
@@ -497,8 +504,10 @@ def refuse_difference(state, config, where):
     keys = sorted((before.keys() & config.keys()) - FREE_FLAGS)
     different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
     if different:
-        raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); "
-                        "use the same flags, another --output-dir, or --overwrite")
+        remedy = "use the same flags, another --output-dir, or --overwrite"
+        if "init" in config and {"epochs", "data"} & {line.split()[0] for line in different}:
+            remedy += f"; to go on with its weights, add --init {where} to another --output-dir"
+        raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); {remedy}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, build_ours, load_checkpoint, refuse_classless
+from checkpoint import UserError, build_ours, load_trained
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
@@ -110,8 +110,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # ---------------------------------------------------------------- data
-    source = load_checkpoint(args.checkpoint)
-    refuse_classless(source["config"], args.checkpoint)
+    source = load_trained(args.checkpoint)
     size, mean, std = input_of(source["config"])         # the network keeps its input, whatever the data
     options = folder_options(args, source["config"])
     config = {**source["config"], **vars(args), **options, "data": args.data or source["config"]["data"],

@@ -236,7 +236,9 @@ def main(args):
 
     # ---------------------------------------------------------------- resume
     labels_sha256 = hashlib.sha256(indices.numpy()).hexdigest()
-    config = dict(vars(args), pictures=whole.files, labels_sha256=labels_sha256)
+    config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False), data=data,
+                               image_size=size, mean=mean, std=std)        # what backbone.json says
+    config |= dict(pictures=whole.files, labels_sha256=labels_sha256)
     run = Run(args, "semisup", device, total_steps, batches.steps_per_epoch, config)
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from processes import metrics_of
 
 import checkpoint
 from checkpoint import (
+    COUNTER,
     UserError,
     load_backbone,
     load_pretrained,
@@ -546,3 +548,230 @@ def test_workers_are_forks_unless_another_start_is_chosen(chosen, monkeypatch):
     with pytest.raises(SystemExit):
         launch(lambda args: 0, argparse.ArgumentParser(), [])
     assert said == (["fork"] if not chosen and sys.platform == "linux" else [])
+
+
+# ---------------------------------------------------------------- a run's folder
+def test_a_folder_is_its_newest_readable_checkpoint(ours, tmp_path, capfd):
+    state = torch.load(ours, weights_only=True)
+    later = {name: value + 1 for name, value in state["model"].items()}
+    with pytest.raises(UserError, match=f"^{tmp_path}: a folder without a run's checkpoint.pth; name a "):
+        load_twist(tmp_path)
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": state["model"], "config": CONFIG})
+    assert_holds(load_twist(tmp_path)[0], state["model"])
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": later, "config": CONFIG})
+    assert_holds(load_twist(tmp_path)[0], later)
+    assert_holds(load_pretrained(tmp_path)[0], load_twist(tmp_path)[0].backbone.state_dict())
+    assert_holds(load_teacher(tmp_path)[0], load_twist(tmp_path)[0].backbone.state_dict())
+    (tmp_path / "checkpoint.pth").rename(tmp_path / "checkpoint.pth.new")         # a save in its middle
+    assert_holds(load_twist(tmp_path)[0], state["model"])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "checkpoint.pth").write_bytes(b"PK")
+    assert_holds(load_twist(tmp_path)[0], state["model"])
+    assert f"{tmp_path}/checkpoint.pth: not a readable" in capfd.readouterr().err
+    assert (tmp_path / "checkpoint.pth").read_bytes() == b"PK"                    # nothing is moved
+    (tmp_path / "checkpoint.prev.pth").unlink()
+    with pytest.raises(UserError, match="checkpoint.pth: not a readable checkpoint"):
+        load_twist(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["cluster_eval.py", "selflabel.py"])
+def test_a_bare_backbone_for_a_whole_network_names_the_checkpoint(command, straight, here, tmp_path):
+    out = straight("pretrain").out
+    _, error = here(f"{command} --checkpoint {out}/backbone.pth --output-dir {tmp_path}/out", code=2)
+    assert f"the run's whole network is in {out}/checkpoint.pth" in error and error.count("\n") == 1
+
+
+def test_stages_take_the_folder_of_a_run(straight, here, tmp_path):
+    out = straight("pretrain").out
+    for command in ("knn.py --k 5", "cluster_eval.py"):
+        for name in ("folder", "file"):
+            path = out if name == "folder" else out / "checkpoint.pth"
+            here(f"{command} --checkpoint {path} --output-dir {tmp_path}/{command[:3]}{name}")
+        folder, file = (metrics_of(tmp_path / f"{command[:3]}{name}") for name in ("folder", "file"))
+        assert folder.pop("checkpoint") == str(out) and file.pop("checkpoint") and folder == file
+    said, _ = here(f"pretrain.py {straight('pretrain').flags} --resume {out} --output-dir {tmp_path}/again")
+    assert "this run is finished" in said
+
+
+# ---------------------------------------------------------------- --key
+def test_every_evaluation_takes_the_network_of_key_and_says_which(straight, here, tmp_path):
+    """Of a run with --ema; backbones, and in cluster_eval.py the whole network."""
+    out, found = straight("pretrain").out, {}
+    commands = {"knn.py": "--k 300 --temperature 0.01", "lincls.py": "--epochs 1 --lrs 0.1",
+                "cluster_eval.py": "", "semisup.py": "--epochs 1 --label-fraction 0.5",
+                "export.py": "--format torchvision"}
+    for script, flags in commands.items():
+        for key in ("teacher", "student"):
+            place = tmp_path / f"{script}-{key}"
+            flag = "--output" if script == "export.py" else "--output-dir"
+            said, _ = here(f"{script} --checkpoint {out} --key {key} {flags} {flag} {place}")
+            assert f"the {key} is taken" in said
+            found[key] = place.read_bytes() if place.is_file() else metrics_of(place)
+        assert found["teacher"] != found["student"] or script == "knn.py"         # there all are right
+
+
+# ---------------------------------------------------------------- checkpoints of TWIST's released code
+def released(network, teacher=None, prefix="", old=False):
+    """What TWIST's train.py saves; old: with the head's names of an early version."""
+    def renamed(state):
+        names = {"last_linear": "cls_heads.0.0", "projection_heads.norm": "projection_heads.cls_heads.0.1"}
+        return under(prefix, replaced(names, state) if old else state)
+    state = {"model": renamed(network.state_dict()), "backbone": dict(network.backbone.state_dict()),
+             "optimizer": SGD, "epoch": 3, "args": argparse.Namespace(backbone="resnet50", dim=12, lr=0.1)}
+    if teacher is not None:
+        state["teacher"] = renamed(teacher.state_dict())
+        state["teacher_backbone"] = dict(teacher.backbone.state_dict())
+    return state
+
+
+def twist(arch, seed, nbs=True):
+    torch.manual_seed(seed)
+    network = build_twist(CONFIG | dict(arch=arch, num_classes=12, hidden_dim=24, nbs=nbs))
+    for name, value in network.state_dict().items():
+        if "running" in name or name.endswith("bias"):
+            value.uniform_(0.5, 1.5)
+    return network
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(prefix="module."), dict(old=True)])
+def test_a_released_checkpoint_is_a_whole_network(layout, tmp_path, capsys):
+    network = twist("resnet8", 1)
+    torch.save(released(network, **layout), tmp_path / "twist.pth")
+    found, config = load_twist(tmp_path / "twist.pth")
+    assert_holds(found, network.state_dict())                   # with NBS's running statistics
+    assert f"{tmp_path}/twist.pth: a checkpoint of TWIST's released code; resnet8, 12 classes" \
+        in capsys.readouterr().out
+    assert (config["arch"], config["num_classes"], config["hidden_dim"]) == ("resnet8", 12, 24)
+    assert input_of(config) == PICTURES
+    images = [torch.rand(2, 3, 32, 32)]
+    assert torch.equal(found.eval()(images), network.eval()(images))
+    assert_holds(load_pretrained(tmp_path / "twist.pth")[0], network.backbone.state_dict())
+    _, head_name, head, _ = load_teacher(tmp_path / "twist.pth")
+    assert head_name == "projection_heads.projection_head" and len(head[0].weight) == 24
+
+
+@pytest.mark.parametrize("key", [None, "student"])
+def test_a_released_checkpoint_with_a_momentum_encoder(key, tmp_path):
+    student, teacher = twist("vit_t", 1), twist("vit_t", 2)
+    torch.save(released(student, teacher), tmp_path / "twist.pth")
+    expected = student if key == "student" else teacher
+    assert_holds(load_twist(tmp_path / "twist.pth", key)[0], expected.state_dict())
+    assert_holds(load_pretrained(tmp_path / "twist.pth", key=key)[0], expected.backbone.state_dict())
+    assert_holds(load_pretrained(tmp_path / "twist.pth", "vit_t")[0], teacher.backbone.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnet50w2", "vit_s", "vit_b"])
+def test_the_arch_of_a_released_checkpoint_is_that_of_its_tensors(arch, monkeypatch):
+    """Of the paper's networks, by names and shapes alone."""
+    with torch.device("meta"):
+        network = build_twist(CONFIG | dict(arch=arch, num_classes=4096, hidden_dim=4096))
+    config = checkpoint.read_published(released(network), "twist.pth")["config"]
+    assert (config["arch"], config["num_classes"], config["nbs"]) == (arch, 4096, True)
+
+
+def test_a_released_checkpoint_without_nbs_or_of_another_network(tmp_path):
+    torch.save(released(twist("resnet8", 1, nbs=False)), tmp_path / "twist.pth")
+    assert load_twist(tmp_path / "twist.pth")[1]["nbs"] is False
+    state = released(twist("resnet8", 1))
+    state["model"]["backbone.conv1.weight"] = torch.ones(7, 3, 5, 5)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth: looks like a checkpoint of TWIST's released code, but"):
+        load_twist(tmp_path / "other.pth")
+    for change in ({"model": [1]}, {"model": {"projection_heads.last_linear.bias": 3}}, {"model": None}):
+        torch.save(state | change, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match="odd.pth: not a checkpoint of this project"):
+            load_twist(tmp_path / "odd.pth")
+
+
+def test_the_second_stage_and_the_classes_of_a_released_checkpoint(tmp_path, here):
+    torch.save(released(twist("resnet8", 1), twist("resnet8", 2)), tmp_path / "twist.pth")
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        torchvision.utils.save_image(torch.rand(3, 20, 20), tmp_path / f"pictures/{i}.png")
+    command = f"--checkpoint {tmp_path}/twist.pth --data {tmp_path}/pictures"
+    said, _ = here(f"cluster_eval.py {command} --key student --output-dir {tmp_path}/classes")
+    assert "the student is taken" in said and metrics_of(tmp_path / "classes")["num_clusters"] == 12
+    here(f"selflabel.py {command} --image-size 32 --batch-size 8 --ema 0.9 --workers 0 "
+         f"--output-dir {tmp_path}/second")
+    config = load_pretrained(tmp_path / "second")[1]
+    assert input_of(config)[0] == 32 and list(input_of(config)[1]) == list(PICTURES[1])
+    for script in ("cluster_eval.py", "selflabel.py", "knn.py"):
+        _, error = here(f"{script} --checkpoint {tmp_path}/twist.pth --output-dir {tmp_path}/none", code=2)
+        assert "--data: " in error and "does not say on what it was trained" in error
+
+
+# ---------------------------------------------------------------- pretrain.py --init
+INIT = ("pretrain.py --data fake --image-size 16 --batch-size 256 --epochs 1 --restarts 1 --knn-every 0 "
+        "--device cpu --lr 0")
+
+
+def started(here, flags, out):
+    """What a run without learning says, and the weights that it started from."""
+    said, _ = here(f"{INIT} {flags} --output-dir {out}")
+    state = torch.load(out / "checkpoint.pth", weights_only=True)
+    moving = ("running_mean", "running_var", COUNTER)
+    return said, {name: value for name, value in state["model"].items() if not name.endswith(moving)}, state
+
+
+def taken(weights, state):
+    """Which of a run's weights are those of a state dict."""
+    return {name for name in weights if name in state and torch.equal(weights[name], state[name])}
+
+
+def test_init_takes_the_whole_network_of_a_run(network, here, tmp_path):
+    whole = torch.load(network, weights_only=True)
+    flags = "--hidden-dim {hidden_dim} --num-classes {num_classes}".format(**whole["config"])
+    said, weights, state = started(here, f"{flags} --init {network} --ema 0.9", tmp_path / "a")
+    assert f"--init {network}: backbone and head start from it" in said
+    assert taken(weights, whole["model"]) == weights.keys() == taken(weights, state["teacher"])
+    assert state["config"]["init"] == str(network)
+    said, weights, _ = started(here, f"{flags} --init {tmp_path}/a", tmp_path / "b")       # a run's folder
+    assert "the teacher is taken" in said and taken(weights, whole["model"]) == weights.keys()
+
+
+def test_init_takes_the_backbone_if_the_head_differs(network, here, tmp_path):
+    whole = torch.load(network, weights_only=True)["model"]
+    said, weights, _ = started(here, f"--num-classes 7 --init {network}", tmp_path / "a")
+    assert "the backbone starts from it, the head anew, as its own differs (misshapen: " in said
+    assert taken(weights, whole) >= {name for name in weights if name.startswith("backbone.")}
+    assert not any(name.startswith("projection_heads") and name.endswith("0.weight")
+                   for name in taken(weights, whole))
+
+
+def test_init_takes_any_projects_backbone(here, tmp_path):
+    torch.save({"state_dict": under("module.encoder_q.", NET | FC)}, tmp_path / "moco.pth")
+    said, weights, _ = started(here, f"--init {tmp_path}/moco.pth", tmp_path / "a")
+    assert f"--init {tmp_path}/moco.pth: the backbone starts from it, the head anew" in said
+    assert taken(weights, under("backbone.", NET)) == {
+        name for name in weights if name.startswith("backbone.")}
+
+
+def test_a_resumed_run_does_not_read_init_again(network, here, tmp_path):
+    flags = f"{INIT} --init {tmp_path}/gone.pth --save-every 1 --output-dir {tmp_path}/run"
+    (tmp_path / "gone.pth").write_bytes(network.read_bytes())
+    here(flags)
+    (tmp_path / "gone.pth").unlink()
+    said, _ = here(flags)
+    assert "this run is finished" in said and "start from it" not in said
+    _, error = here(flags.replace("--epochs 1", "--epochs 2"), code=2)
+    assert (f"to go on with its weights, add --init {tmp_path}/run to another --output-dir" in error
+            and "epochs was 1, is 2" in error and error.count("\n") == 1)
+    _, error = here(flags.replace("gone.pth", "other.pth"), code=2)
+    assert "init was" in error
+
+
+def test_init_that_does_not_fit_is_refused_before_anything_is_written(network, here, tmp_path):
+    before = network.read_bytes()
+    torch.save(R18, tmp_path / "r18.pth")
+    for flags, named in (
+            (f"--init {network} --restarts 3", "--restarts 3: all would start from --init; use --restarts 1"),
+            (f"--init {network} --arch resnet18", "its resnet8 is not this --arch resnet18"),
+            (f"--init {tmp_path}/r18.pth", "r18.pth: "),
+            (f"--init {tmp_path}/none.pth", "no such checkpoint")):
+        _, error = here(f"{INIT} {flags} --output-dir {tmp_path}/run", code=2)
+        assert named in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/checkpoint.pth").write_bytes(before)
+    _, error = here(f"{INIT} --init {tmp_path}/none.pth --overwrite --output-dir {tmp_path}/old", code=2)
+    assert (tmp_path / "old/checkpoint.pth").read_bytes() == before
+    here(f"{INIT} --init {tmp_path}/old --hidden-dim 32 --overwrite --output-dir {tmp_path}/old")    # its own

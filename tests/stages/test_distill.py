@@ -45,7 +45,8 @@ def test_a_student_learns(teacher, distilled):
     assert all(0 < e["positive_mass"] <= 1 and -1 <= e["cosine"] <= 1 for e in entries)
     assert entries[-1]["cosine"] > entries[0]["cosine"] + 0.1 and lines[-1]["status"] == "done"
     assert {path.name for path in distilled.iterdir()} == {
-        ".lock", "checkpoint.pth", "backbone.pth", "config.json", "log.jsonl", "metrics.json"}
+        ".lock", "checkpoint.pth", "backbone.pth", "backbone.json",
+        "config.json", "log.jsonl", "metrics.json"}
     state = torch.load(distilled / "checkpoint.pth", weights_only=True)
     assert {name.split(".")[0] for name in state["model"]} == {"backbone", "fc"}
     backbone, _, head, _ = load_teacher(teacher)

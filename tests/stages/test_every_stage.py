@@ -19,15 +19,17 @@ from processes import (
 )
 
 import run
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, load_pretrained
+from data import input_of
 
 FILES = {                        # besides those of every stage
-    "pretrain": {"backbone.pth", "backbone_student.pth", "curves.png"},
-    "barlow": {"backbone.pth", "curves.png"},
-    "selflabel": {"backbone.pth", "backbone_student.pth"},
-    "distill": {"backbone.pth"},
+    "pretrain": {"backbone.pth", "backbone.json", "backbone_student.pth", "backbone_student.json",
+                 "curves.png"},
+    "barlow": {"backbone.pth", "backbone.json", "curves.png"},
+    "selflabel": {"backbone.pth", "backbone.json", "backbone_student.pth", "backbone_student.json"},
+    "distill": {"backbone.pth", "backbone.json"},
     "lincls": {"head.pth", "predictions.csv"},
-    "semisup": {"backbone.pth", "labels.txt", "predictions.csv"},
+    "semisup": {"backbone.pth", "backbone.json", "labels.txt", "predictions.csv"},
 }
 
 
@@ -66,6 +68,18 @@ def test_backbones_are_those_of_the_checkpoint(stage, straight):
         expected = {key.removeprefix("backbone."): tensor for key, tensor in state[part].items()
                     if key.startswith("backbone.")}
         assert same(torch.load(out / name, weights_only=True), expected)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "lincls"])
+def test_a_bare_backbone_is_read_with_its_arch_and_input(stage, straight):
+    """By what backbone.json says, without --arch."""
+    out = straight(stage).out
+    for file in out.glob("backbone*.pth"):
+        if file.with_suffix(".json").name in FILES[stage]:
+            backbone, config = load_pretrained(file)
+            assert input_of(config) == (16, [0.5], [0.25])
+            assert (config["arch"], config["small_images"], config["data"]) == ("resnet8", False, "fake")
+            assert same(backbone.state_dict(), torch.load(file, weights_only=True))
 
 
 def die_after_a_save(number):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import data
 import model
 from run import parse_args
@@ -107,7 +108,8 @@ def sources_that_read(script):
                            ("folder_flags(", inspect.getsource(data.folder_options)),
                            ("build_network(", inspect.getsource(model)),
                            ("Restarts(", SOURCES["restarts.py"]),
-                           ("network_flags(", SOURCES["pretrained.py"])):
+                           ("network_flags(", SOURCES["pretrained.py"]),
+                           ("load_init(", inspect.getsource(checkpoint.load_init))):
         texts += [reader] * (called in SOURCES[script])
     return "\n".join(texts)
 

@@ -39,7 +39,8 @@ def test_log_and_files_of_a_run(trained):
     assert 0.1 <= entries[-1]["acc_monitor"] <= 1 and 0 < entries[-1]["nmi_monitor"] < 1
     assert lines[-1]["status"] == "done" and metrics_of(trained) == entries[-1]
     assert {path.name for path in trained.iterdir()} == {
-        ".lock", "checkpoint.pth", "backbone.pth", "config.json", "curves.png", "log.jsonl", "metrics.json"}
+        ".lock", "checkpoint.pth", "backbone.pth", "backbone.json",
+        "config.json", "curves.png", "log.jsonl", "metrics.json"}
     backbone = torch.load(trained / "backbone.pth", weights_only=True)
     assert set(backbone) >= {"conv1.weight", "layer3.0.bn2.bias"}
 

@@ -1,6 +1,7 @@
 """The flags that name an evaluation's network: one group in each of them, and the input that they give."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from processes import ROOT, metrics_of
 from test_layout import STAGES as SCRIPTS
 from test_layout import flags_of, meaning
 
-from checkpoint import UserError, load_checkpoint
+from checkpoint import UserError, description, load_checkpoint, load_pretrained
 from data import PICTURES, input_of
 from model import build_backbone
 from pretrained import choose_input, load_network, network_flags
@@ -78,3 +79,58 @@ def test_an_evaluation_takes_the_input_of_the_flags(command, network, here, tmp_
     assert "input: 16 × 16 pixels, mean 0.5, std 0.25" in said["own"]
     assert metrics_of(tmp_path / "own") == metrics_of(tmp_path / "same")
     assert metrics_of(tmp_path / "own") != metrics_of(tmp_path / "other")
+
+
+# ---------------------------------------------------------------- what stands beside a bare backbone
+@pytest.fixture
+def bare(tmp_path):
+    """A bare backbone of a run on 20 pixels, with its description."""
+    config = {"arch": "resnet8", "small_images": True, "data": "cifar10", "seed": 3, "image_size": 20}
+    torch.save(build_backbone("resnet8", small_images=True).state_dict(), tmp_path / "backbone.pth")
+    (tmp_path / "backbone.json").write_bytes(description(config, *input_of(config)))
+    return tmp_path / "backbone.pth"
+
+
+def test_a_bare_backbone_needs_no_arch_beside_its_description(bare, capsys):
+    backbone, config = load_network(args_of(f"--checkpoint {bare}"))
+    assert backbone.conv1.kernel_size == (3, 3) and config["arch"] == "resnet8"
+    assert input_of(config) == (20, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    assert (config["data"], config["seed"]) == ("cifar10", 3)
+    assert f"input: 20 × 20 pixels, mean 0.4914 0.4822 0.4465, std 0.247 0.2435 0.2616 (from {bare.parent}/" \
+        "backbone.json)" in capsys.readouterr().out
+    load_pretrained(bare, arch="resnet8", small_images=True)
+    with pytest.raises(UserError, match=r"--arch resnet18: .*backbone.pth holds a resnet8; leave --arch out"):
+        load_pretrained(bare, arch="resnet18")
+
+
+def test_a_stem_that_the_description_denies_is_refused(bare):
+    about = json.loads(bare.with_suffix(".json").read_text())
+    torch.save(build_backbone("resnet8").state_dict(), bare)
+    bare.with_suffix(".json").write_text(json.dumps(about | {"small_images": False}))
+    load_pretrained(bare)
+    with pytest.raises(UserError, match="--small-images: .* has no such stem"):
+        load_pretrained(bare, small_images=True)
+
+
+@pytest.mark.parametrize("change", [
+    dict(arch="resnet7"), dict(arch=8), dict(arch=["resnet8"]), dict(small_images=1), dict(image_size=0),
+    dict(image_size=True), dict(image_size=10 ** 30), dict(image_size=2.5), dict(mean=0.5), dict(mean=[1, 2]),
+    dict(mean=["0.5"]), dict(mean=[float("nan")]), dict(std=[0.0]), dict(std=[float("inf")]), dict(std=[[1]]),
+    dict(data=7), dict(seed=-1), dict(seed=1e3), dict(arch="vit_t", small_images=True), dict(val_share=2),
+    dict(group_names="yes"), dict(classes="all"), dict(classes=[1])])
+def test_a_wrong_description_is_one_line(change, bare):
+    about = json.loads(bare.with_suffix(".json").read_text())
+    bare.with_suffix(".json").write_text(json.dumps(about | change))
+    with pytest.raises(UserError, match="backbone.json: does not describe .*move it") as error:
+        load_pretrained(bare)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"7", b"null", b"{}", b"{", b"\xff\xfe", b"[" * 100_000, b" " * 3_000_000,
+    b'{"arch": "resnet8"}', b'{"arch": "a\nb"}', b"1" * 5000])
+def test_a_damaged_description_is_one_line(content, bare):
+    bare.with_suffix(".json").write_bytes(content)
+    with pytest.raises(UserError, match="backbone.json: does not describe the backbone in ") as error:
+        load_pretrained(bare)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400

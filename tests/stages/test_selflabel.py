@@ -39,7 +39,8 @@ def test_log_and_files_of_a_run(pretrained, labelled):
     assert entries[0]["quantile"] < 0.51 and 0.59 < entries[-1]["quantile"] <= 0.6
     assert entries[-1]["loss"] < entries[0]["loss"] and lines[-1]["status"] == "done"
     assert {path.name for path in labelled.iterdir()} == {
-        ".lock", "checkpoint.pth", "backbone.pth", "config.json", "log.jsonl", "metrics.json"}
+        ".lock", "checkpoint.pth", "backbone.pth", "backbone.json",
+        "config.json", "log.jsonl", "metrics.json"}
     before, after = weights(pretrained), weights(labelled)
     assert before.keys() == after.keys()
     assert not before["backbone.conv1.weight"].equal(after["backbone.conv1.weight"])
