@@ -1,11 +1,17 @@
 """Export: a trained backbone as a file that torchvision, timm, DINO or detectron2 reads.
 
-    python export.py --checkpoint runs/pretrain/checkpoint.pth --format torchvision --output backbone.pth
+    python export.py --checkpoint runs/resnet18 --format torchvision --output resnet18.pth
     python export.py --checkpoint twist.pth --arch resnet50 --format detectron2 --output twist.pkl
 
-The other project needs nothing of this one, because the file has that project's names:
+The first command is for a run with --arch resnet18, and torchvision loads its file:
 
-    torchvision   ResNets: torchvision.models.resnet18() loads all but its classifier fc
+    network = torchvision.models.resnet18()
+    network.load_state_dict(torch.load("resnet18.pth", weights_only=True), strict=False)
+
+The classifier fc keeps its random weights. The other project needs nothing of this one, because the file has
+that project's names:
+
+    torchvision   ResNets, MobileNets, EfficientNets: all but the classifier; resnet8 exists only here
     timm          ViTs and ResNets: timm's models with num_classes=0, and DINO's, load all of it
     detectron2    ResNets: a pickle of numpy arrays for MODEL.WEIGHTS; set INPUT.FORMAT to "RGB"
 

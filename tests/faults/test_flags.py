@@ -14,7 +14,7 @@ from processes import ROOT, STAGES, bounds_of, saved_network
 
 import run
 
-EVALUATED = ("knn", "cluster_eval", "export")
+EVALUATED = ("knn", "cluster_eval", "embed", "export")
 ARCHS = ("resnet8", "resnet8w2_2x2", "resnet18", "vit_t", "mobilenet_v3_large", "resnet9")
 USUAL = {int: ("1", "2", "3", "5", "8", "16", "32", "64"),
          float: ("0", "1e-3", "0.1", "0.25", "0.5", "0.9", "0.99", "1")}
@@ -29,6 +29,7 @@ SPECIAL = {                      # what depends on files, or would take long
     "teacher_head": ("auto", "none", "fc", "projector", "x"),
     "labels": ("{labels}", "{text}", "nowhere.txt"),
     "predictions": ("{text}", "nowhere.csv"), "map_from": ("{text}", "nowhere.json"),
+    "class_names": ("{text}", "nowhere.txt", "imagenet"),
     "key": ("teacher", "student", "x"), "output": ("{out}", "{text}", "nowhere/out.pth"),
     "arch": ARCHS, "teacher_arch": ARCHS, "workers": ("-1", "0", "0", "1", "-2", "x"),
     "device": ("cpu", "cpu", "cpu", "auto", "cuda", "tpu"), "amp": ("off", "bf16", "auto", "fp16", "fp8"),

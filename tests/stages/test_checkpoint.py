@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from processes import metrics_of
+from processes import ROOT, metrics_of
 
 import checkpoint
+import export
 from checkpoint import (
     COUNTER,
     UserError,
@@ -472,6 +473,23 @@ def test_export_and_back(state, arch, layout, tmp_path, here):
         result = model.load_state_dict(torch.load(output, weights_only=True), strict=False)
         assert result.missing_keys == ["fc.weight", "fc.bias"] and result.unexpected_keys == []
         assert_holds(model, state | model.fc.state_dict(prefix="fc."))
+
+
+def test_the_lines_of_the_docs_load_an_export_into_torchvision(tmp_path, here, monkeypatch):
+    """Those of export.py's docstring, and the same ones in docs/weights.md."""
+    network = build_twist(CONFIG | {"arch": "resnet18"})
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": network.state_dict(), "config": CONFIG | {
+        "arch": "resnet18"}})
+    command = re.search(r"python (export.py .*resnet18.pth)", export.__doc__)[1]
+    lines = re.findall(r"^    (network.*)$", export.__doc__, re.MULTILINE)
+    page = (ROOT / "docs/weights.md").read_text()
+    assert len(lines) == 2 and "\n".join(lines) in page and f"python {command}\n" in page
+    here(command.replace("runs/resnet18", str(tmp_path)).replace("--output ", f"--output {tmp_path}/"))
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "torchvision": torchvision}
+    exec("\n".join(lines), names)
+    loaded = names["network"].state_dict()
+    assert_holds(network.backbone, {name: value for name, value in loaded.items() if "fc." not in name})
 
 
 def test_export_to_detectron2_and_back(tmp_path, here):
