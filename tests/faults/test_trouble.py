@@ -316,14 +316,15 @@ def test_weights_that_are_not_finite(tried, tmp_path):
     assert "at step 1 the weights are not finite" in err and not list(tmp_path.glob("check*"))
 
 
-@pytest.mark.parametrize("before, after", [("off", "fp16"), ("fp16", "off"), ("fp16", "bf16")])
+@pytest.mark.parametrize("before, after", [("off", "fp16"), ("fp16", "off")])
 def test_precision_may_change_when_a_run_resumes(before, after, tried, here, tmp_path, monkeypatch):
-    flags = f"pretrain.py {STAGES['pretrain']} --print-every 2 --output-dir {tmp_path}"
+    flags = ("pretrain.py --data fake --image-size 8 --batch-size 128 --epochs 1 --hidden-dim 8 "
+             f"--knn-every 0 --restarts 1 --output-dir {tmp_path}")
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "watch", stop_after(12))
+        patch.setattr(run.Run, "watch", stop_after(2))
         here(f"{flags} --amp {before}", 143)
     said, _ = here(f"{flags} --amp {after}")
-    assert f"amp {after} (was {before}); resumed from step 12" in said
+    assert f"amp {after} (was {before}); resumed from step 2" in said
     assert (content(tmp_path / "checkpoint.pth")["scaler"] == {}) == (after != "fp16")
 
 
