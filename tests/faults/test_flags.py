@@ -26,6 +26,7 @@ SPECIAL = {                      # what depends on files, or would take long
     "resume": ("auto", "never", "nowhere.pth", "{network}", "{text}"),
     "checkpoint": ("{network}", "{network}", "{network}", "{vit}", "{bare}", "{text}", "nowhere.pth"),
     "teacher": ("{network}", "{network}", "{network}", "{vit}", "{bare}", "{text}", "nowhere.pth"),
+    "init": ("{network}", "{bare}", "{vit}", "{text}", "nowhere.pth"),
     "teacher_head": ("auto", "none", "fc", "projector", "x"),
     "labels": ("{labels}", "{text}", "nowhere.txt"),
     "predictions": ("{text}", "nowhere.csv"), "map_from": ("{text}", "nowhere.json"),
@@ -89,7 +90,7 @@ def drawn(stage, number, files, out):
             pool = SPECIAL.get(action.dest) or action.choices
             if not pool:
                 pool = (ODD if rng.random() < 0.25 else USUAL)[bounds_of(action)["kind"]]
-            count = rng.randrange(1, 4) if action.nargs == "+" else 1
+            count = rng.randrange(1, 4) if action.nargs == "+" else action.nargs or 1
             flags[flag] = [rng.choice(list(pool)).format(**files, out=out) for _ in range(count)]
     if "--labels" in flags:
         del flags["--label-fraction"]

@@ -105,15 +105,18 @@ def test_extract_features(training):
 
 
 # ---------------------------------------------------------------- the command
-def test_command(here, network, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_command(here, network, tmp_path, monkeypatch, interpolation):
     def shuffled(*args, **options):          # labels that no feature tells, so that no accuracy is 1
         dataset = build_dataset(*args, **options)
         dataset.labels = torch.randint(0, 10, (len(dataset),), generator=torch.Generator().manual_seed(0))
         return dataset
     monkeypatch.setattr(data, "build_dataset", shuffled)
-    out, _ = here(f"knn.py --checkpoint {network} --output_dir {tmp_path} --k 200 1 --device cpu")
+    out, _ = here(f"knn.py --checkpoint {network} --output_dir {tmp_path} --k 200 1 --device cpu "
+                  f"--interpolation {interpolation}")
     metrics = metrics_of(tmp_path)
     backbone, config = load_pretrained(network)
+    config["interpolation"] = interpolation
     train, test = shuffled("fake", "train", 0), shuffled("fake", "test", 0)
     features = [extract_features(backbone, eval_batches(part, config, "cpu")).double().numpy()
                 for part in (train, test)]

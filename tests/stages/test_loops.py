@@ -21,7 +21,8 @@ STEPS = 8                        # 512 images, 64 in a step; the first two warm 
 FLAGS = ("--batch-size 64 --epochs 1 --warmup-epochs 0.25 --optimizer sgd --momentum 0.5 --lr 0.08 "
          "--clip-norm 0.5 --amp off --device cpu --workers 0")
 NEW = "--data fake --image-size 16 --hidden-dim 32 --knn-every 0"
-DECAY = "--weight-decay 0.1 --weight-decay-end 2"
+STILL, RISING = (0.9, 0.9), (0.1, 2)            # weight decay at the start and at the end
+DECAY = {STILL: "--weight-decay 0.9", RISING: "--weight-decay 0.1 --weight-decay-end 2"}
 LOCAL = "--views multicrop --num-local 1 --local-size 8"
 
 
@@ -36,7 +37,7 @@ def batches_of(config, num_local=1, recipe="multicrop", **options):
     return Batches(build_dataset("fake", "pretrain"), 64, views, seed=0), views
 
 
-def train(model, batches, views, loss_of, bias_lr=1, decay=(0.1, 2), teacher=None, ema=0):
+def train(model, batches, views, loss_of, decay, bias_lr=1, teacher=None, ema=0):
     """SGD on loss_of(step, views [B, 3, h, w]) with clipping at 0.5; the teacher follows the model."""
     model.to(memory_format=torch.channels_last).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -64,9 +65,9 @@ def assert_equal_weights(found, network):
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("ema", [0, 0.6])
-def test_pretrain(ema, here, tmp_path):
-    here(f"pretrain.py {NEW} {FLAGS} {DECAY} {LOCAL} --restarts 1 --bias-lr 3 --alpha 0.6 --beta 1.3 "
+@pytest.mark.parametrize("ema, decay", [(0, STILL), (0.6, RISING)])
+def test_pretrain(ema, decay, here, tmp_path):
+    here(f"pretrain.py {NEW} {FLAGS} {DECAY[decay]} {LOCAL} --restarts 1 --bias-lr 3 --alpha 0.6 --beta 1.3 "
          f"--eps 0.01 --ema {ema} --output-dir {tmp_path}")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     torch.manual_seed(0)
@@ -80,21 +81,21 @@ def test_pretrain(ema, here, tmp_path):
             z = teacher([x[0], x[1]])
         return momentum_twist_loss(z, model(x), alpha=0.6, beta=1.3, eps=0.01).total
 
-    train(model, *batches_of(state["config"]), loss_of, bias_lr=3, teacher=teacher, ema=ema)
+    train(model, *batches_of(state["config"]), loss_of, decay, 3, teacher, ema)
     assert_equal_weights(state["model"], model)
     if ema:
         assert_equal_weights(state["teacher"], teacher)
         assert not state["teacher"]["backbone.conv1.weight"].equal(state["model"]["backbone.conv1.weight"])
 
 
-@pytest.mark.parametrize("ema", [0, 0.6])
-def test_selflabel(ema, here, tmp_path):
+@pytest.mark.parametrize("ema, decay", [(0, STILL), (0.6, RISING)])
+def test_selflabel(ema, decay, here, tmp_path):
     """Of a first stage with a teacher whose weights are others than the student's."""
     source = torch.load(saved_network(tmp_path / "network.pth"), weights_only=True)
     torch.manual_seed(9)
     source["teacher"] = build_network(source["config"]).state_dict()
     save_checkpoint(tmp_path / "network.pth", source)
-    here(f"selflabel.py --checkpoint {tmp_path}/network.pth {FLAGS} {DECAY} {LOCAL} --quantile 0.2 "
+    here(f"selflabel.py --checkpoint {tmp_path}/network.pth {FLAGS} {DECAY[decay]} {LOCAL} --quantile 0.2 "
          f"--quantile-end 0.8 --ema {ema} --output-dir {tmp_path}/run")
     state = load_checkpoint(tmp_path / "run/checkpoint.pth")
     model, teacher = build_network(source["config"]), build_network(source["config"])
@@ -110,26 +111,28 @@ def test_selflabel(ema, here, tmp_path):
             z = teacher([x[0], x[1]])
         return self_label_loss(model(x), quantile, z).total
 
-    train(model, *batches_of(state["config"]), loss_of, teacher=teacher if ema else None, ema=ema)
+    train(model, *batches_of(state["config"]), loss_of, decay, teacher=teacher if ema else None, ema=ema)
     assert_equal_weights(state["model"], model)
     if ema:
         assert_equal_weights(state["teacher"], teacher)
 
 
-def test_barlow(here, tmp_path):
-    here(f"barlow.py {NEW} {FLAGS} {DECAY} --views barlow --bias-lr 3 --lambd 0.02 --output-dir {tmp_path}")
+@pytest.mark.parametrize("decay", [STILL, RISING])
+def test_barlow(decay, here, tmp_path):
+    here(f"barlow.py {NEW} {FLAGS} {DECAY[decay]} --views barlow --bias-lr 3 --lambd 0.02 "
+         f"--output-dir {tmp_path}")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     torch.manual_seed(0)
     model = build_network(state["config"])
     train(model, *batches_of(state["config"], 0, "barlow"),
-          lambda step, x: barlow_twins_terms(*model(x), lambd=0.02).total, bias_lr=3)
+          lambda step, x: barlow_twins_terms(*model(x), lambd=0.02).total, decay, bias_lr=3)
     assert_equal_weights(state["model"], model)
 
 
 def test_distill(network, here, tmp_path):
     """Two queues, global and local, from random directions on; the oldest embeddings go first."""
     here(f"distill.py --teacher {network} {FLAGS} --views seed --num-local 2 --local-size 8 "
-         f"--weight-decay 0.1 --queue-size 192 --student-temperature 0.3 --teacher-temperature 0.07 "
+         f"{DECAY[STILL]} --queue-size 192 --student-temperature 0.3 --teacher-temperature 0.07 "
          f"--output-dir {tmp_path}")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     torch.manual_seed(0)
@@ -149,7 +152,7 @@ def test_distill(network, here, tmp_path):
             queue[place:place + 64] = F.normalize(embeddings, dim=1)
         return loss
 
-    train(model, *batches_of(state["config"], 2, "seed", num_global=1), loss_of, decay=(0.1, 0.1))
+    train(model, *batches_of(state["config"], 2, "seed", num_global=1), loss_of, STILL)
     assert_equal_weights(state["model"], model)
     for found, queue in zip(state["queues"], queues, strict=True):
         torch.testing.assert_close(found, queue, rtol=1e-3, atol=1e-4)

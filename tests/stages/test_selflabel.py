@@ -113,10 +113,11 @@ def is_trained(name):
     return "running" not in name and "tracked" not in name
 
 
-def test_without_a_confident_image_the_step_is_left_out(pretrained, here, tmp_path):
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_without_a_confident_image_the_step_is_left_out(pretrained, here, tmp_path, amp):
     """No image is strictly above the greatest confidence."""
     here(f"selflabel.py --checkpoint {pretrained}/checkpoint.pth {FLAGS} --epochs 1 --quantile 0 "
-         f"--quantile-end 0 --ema 0.5 --output-dir {tmp_path}/run")
+         f"--quantile-end 0 --ema 0.5 --amp {amp} --device cpu --output-dir {tmp_path}/run")
     entries = [line for line in log_lines(tmp_path / "run") if "loss" in line]
     assert [e["left_out"] for e in entries] == [2, 4, 6, 8]
     assert entries[-1]["fraction"] == entries[-1]["loss"] == 0
