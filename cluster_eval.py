@@ -21,14 +21,15 @@ import torch
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 
-from checkpoint import UserError, load_twist, read_file, write_atomically
+from checkpoint import UserError, read_file, write_atomically
+from cli import DEVICES, HelpFormatter, at_least, launch
 from clusters import cluster_features, expected_mutual_information, silhouette
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from model import reestimate_batch_norms
 from pictures import PER_SHEET, caption, draw_clusters
 from predictions import describe_clusters, name_classes, name_clusters, read_predictions, write_assignments
-from pretrained import choose_input, load_network, network_flags
-from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
+from pretrained import choose_input, load_network, load_twist, network_flags
+from run import make_evaluation_folder
 
 
 def get_parser():

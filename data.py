@@ -9,16 +9,11 @@ sees the same for any number of processes and workers, and wherever it was stopp
 
 import argparse
 import difflib
-import functools
 import gzip
-import hashlib
 import math
 import os
 import pickle
-import stat
-import warnings
 import zlib
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from checkpoint import UserError, printable, to_stderr
-from run import at_least
-
-try:
-    import pillow_heif
-except ImportError:
-    pillow_heif = None           # optional, for the pictures of iPhones
+from cli import at_least
+from folders import find_pictures, in_validation, read_picture, warn_once
 from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
@@ -47,24 +37,11 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
     "stl10": (96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-            ".pgm")
-# Nothing else is opened, whatever a file is called: for an EPS file Pillow would start another program.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
-REMEDIES = {".avif": "install Pillow 11.3 or later", ".heic": "install pillow-heif",
-            ".heif": "install pillow-heif"}      # for pictures that may not be readable here
-if "avif" in features.modules and features.check("avif"):
-    SUFFIXES, FORMATS = (*SUFFIXES, ".avif"), (*FORMATS, "AVIF")
-if pillow_heif:
-    pillow_heif.register_heif_opener()
-    SUFFIXES, FORMATS = (*SUFFIXES, ".heic", ".heif"), (*FORMATS, "HEIF")
-TOPS = (1, 255, 4095, 65535)     # white in pictures of more than 8 bits
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
 FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
-warnings.filterwarnings("ignore", module=r"PIL\.")         # about odd files, which are read all the same
 
 
 # ---------------------------------------------------------------- data sets
@@ -149,8 +126,15 @@ class ImageSet:
 
 
 def input_of(config):
-    """(size, mean, std) of a network's input, from the flags of the run that trains or trained it."""
+    """(size, mean, std) of a network's input, from the flags of the run that trains or trained it.
+
+    Raises UserError for means or standard deviations that are not of one or three channels, or above 1.
+    """
     size, mean, std = INPUTS.get(config["data"], PICTURES)
+    for name in ("mean", "std"):
+        values = config.get(name) or (0,)
+        if len(values) not in (1, 3) or max(values) > 1:
+            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
     return config.get("image_size") or size, config.get("mean") or mean, config.get("std") or std
 
 
@@ -315,7 +299,7 @@ def _from_torchvision(name, split, data_dir):
 # ---------------------------------------------------------------- pictures in folders and lists
 def _from_files(name, split, val_share, group_names):
     """build_dataset of a folder or list."""
-    paths, labels, class_names, part = _find_pictures(Path(name), train=split != "test")
+    paths, labels, class_names, part = find_pictures(Path(name), train=split != "test")
     chosen = np.ones(len(paths), bool)
     if val_share and part != "images":
         raise UserError(f"--val-share: {name} has train and val already; leave the flag out")
@@ -333,223 +317,9 @@ def _from_files(name, split, val_share, group_names):
     labels, class_names = np.array(labels, np.int64), [printable(name) for name in class_names]
     lacking = sorted({*labels.tolist()} - {*labels[chosen].tolist()})
     if lacking and split != "test":
-        _warn_once(f"--val-share {val_share}: {len(lacking)} classes have no training image, the first is "
+        warn_once(f"--val-share {val_share}: {len(lacking)} classes have no training image, the first is "
                    f"'{class_names[lacking[0]]}'")
     return ImageSet(None, torch.from_numpy(labels[chosen]), class_names, paths, part=part)
-
-
-def in_validation(paths, data, share, group_names=False):
-    """Bool [N]: which pictures of a folder or list `data` are for validation, about the share of each class.
-
-    A fixed function of a picture's path below `data`, so a copy of the folder is divided alike, and a new
-    picture moves no other. group_names: of its name up to the last _ alone, in whatever folder.
-    """
-    root = data if os.path.isdir(data) else os.path.dirname(data) or "."
-    chosen = np.zeros(len(paths), bool)
-    for i, path in enumerate(paths):
-        key = os.path.relpath(path, root).replace(os.sep, "/")
-        if group_names:
-            stem = os.path.splitext(os.path.basename(path))[0]
-            key = stem.rpartition("_")[0] or stem
-        digest = hashlib.sha256(os.fsencode(key)).digest()
-        chosen[i] = int.from_bytes(digest[:8], "big") < share * 2 ** 64
-    return chosen
-
-
-def _find_pictures(data, train):
-    """(paths, labels or None, class names or None, part) of a split of a folder or list."""
-    try:
-        if data.is_file():
-            return *_read_list(data), "images"
-        parts = {"train": _part(data, "train"), "val": _part(data, "val") or _part(data, "test")}
-        if not any(parts.values()):
-            return *_scan(data), "images"
-        wanted, other = ("train", "val") if train else ("val", "train")
-        if not parts[wanted]:
-            raise UserError(f"--data {data}: has {parts[other].name}, but no {wanted} folder and no "
-                            f"{wanted}.txt")
-        # both parts are read, so that a mistake in val is found before the training
-        found = {}
-        for name, part in parts.items():
-            if part:
-                known = found["train"][2] if "train" in found else None
-                found[name] = _read_list(part) if part.is_file() else _scan(part, known or ())
-    except OSError as error:
-        raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from None
-    paths, labels, names = found[wanted]
-    called = {"train": "training", "val": "validation", "test": "test"}[parts[wanted].stem] + " images"
-    known = found["train"][2] if "train" in found else names           # classes are numbered as in train
-    if labels is None or known is None:
-        return paths, None, None, called
-    unknown = sorted({names[label] for label in labels} - set(known))
-    if unknown:
-        raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
-                        f"{parts['train']}")
-    number = {name: c for c, name in enumerate(known)}
-    return paths, [number[names[label]] for label in labels], known, called
-
-
-def _part(folder, name):
-    """The folder or the list of that name in a folder, or None."""
-    for part in (folder / name, folder / f"{name}.txt"):
-        if part.exists():
-            return part
-    return None
-
-
-def _scan(folder, known=()):
-    """As _find_pictures, without the part. Subfolders with pictures are classes if there are two or more, or
-    one that is among the known ones, and no pictures beside them. Names what is left out on stderr."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    left_out = Counter(_ending(entry.name) for entry in entries if entry.is_file())
-    below = {}
-    if not left_out.keys() & set(SUFFIXES):
-        below = {entry.name: _pictures_below(entry, left_out) for entry in entries if entry.is_dir()}
-    classes = [name for name in below if below[name]]
-    if len(classes) < 2 and not set(classes) & set(known):
-        left_out = Counter()
-        paths, labels, classes = _pictures_below(folder, left_out), None, None
-        if not paths:
-            raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
-                            f"{_listed(left_out) or 'no files at all'}")
-    else:
-        paths, labels = [], []
-        for label, name in enumerate(classes):
-            paths += below[name]
-            labels += [label] * len(below[name])
-    without = [name for name in below if not below[name]]
-    if without:
-        _warn_once(f"--data {folder}: folders without pictures are left out: {', '.join(without)}")
-    if left_out:
-        _warn_once(f"--data {folder}: {left_out.total():,} files are left out: {_listed(left_out)}")
-    return paths, labels, classes
-
-
-def _ending(name):
-    return os.path.splitext(name)[1].lower()
-
-
-def _listed(left_out):
-    """'60 .heic (install pillow-heif), 17 .txt' of a Counter of endings."""
-    words = []
-    for ending, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
-        remedy = f" ({REMEDIES[ending]})" if ending in REMEDIES else ""
-        words.append(f"{count:,} {ending or 'without an ending'}{remedy}")
-    return ", ".join(words)
-
-
-@functools.cache
-def _warn_once(line):
-    """A warning on stderr, by the first process on each machine; each part of a set is read several times."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        to_stderr(f"warning: {printable(line)}")
-
-
-def _pictures_below(top, left_out):
-    """Paths of the pictures in a folder and its subfolders, links followed; counts other files by ending."""
-    paths, seen = [], {os.path.realpath(top)}
-    for parent, folders, files in os.walk(top, followlinks=True, onerror=_raise):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
-        # os.walk goes into what is left in `folders`; a link may lead back to a folder above it
-        folders[:] = [name for name in real if not name.startswith(".") and real[name] not in seen]
-        seen.update(real[name] for name in folders)
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(SUFFIXES):
-                paths.append(os.path.join(parent, name))
-            else:
-                left_out[_ending(name)] += 1
-    return paths
-
-
-def _raise(error):
-    raise error
-
-
-def _read_list(path):
-    """As _find_pictures, of lines `PICTURE` or `PICTURE LABEL`; paths are relative to the list's folder."""
-    paths, labels, names_in = [], [], {}
-    for number, line in enumerate(path.read_text(errors="surrogateescape").split("\n"), 1):
-        line = line.strip()
-        if not line:
-            continue
-        words = line.rsplit(None, 1)              # one split: a path may have spaces in it
-        has_label = len(words) == 2 and not line.lower().endswith(SUFFIXES)
-        picture, label = words if has_label else (line, None)
-        picture = os.path.join(path.parent, picture)
-        folder, name = os.path.split(picture)
-        if folder not in names_in:                # faster than to ask for each of a million files
-            names_in[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in names_in[folder]:
-            raise UserError(f"--data {path}: line {number} names a missing file: {picture}")
-        if labels and (label is None) != (labels[0] is None):
-            raise UserError(f"--data {path}: line {number} has {'no' if label is None else 'a'} label, "
-                            "unlike the first")
-        paths.append(picture)
-        labels.append(label)
-    if not paths:
-        raise UserError(f"--data {path}: an empty list")
-    if labels[0] is None:
-        return paths, None, None
-    return paths, *_number_labels(labels)
-
-
-def _number_labels(labels):
-    """(numbers, class names) of a list's labels: decimal ones are the numbers, unless most numbers up to the
-    largest, above 1,000, are missing. Others are sorted, by number or by name."""
-    if all(label.isdecimal() and len(label) < 19 for label in labels):
-        numbers = [int(label) for label in labels]
-        names = sorted(set(numbers))
-        if names[-1] < max(1000, 2 * len(names)):
-            return numbers, [str(c) for c in range(1 + names[-1])]
-        labels, names = map(str, numbers), [str(number) for number in names]
-    else:
-        names = sorted(set(labels))
-    number = {name: c for c, name in enumerate(names)}
-    return [number[label] for label in labels], names
-
-
-def read_picture(path):
-    """A picture file as uint8 [3, H, W].
-
-    EXIF orientation is applied; of several frames it is the first. What is transparent is put on white, as
-    colours under it are arbitrary. Pillow reads it, as torchvision's JPEG decoder takes 0.85 instead of
-    0.95 ms and is deprecated since version 0.29. Raises UserError, one line, for everything else.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):        # opening a pipe would wait for its other end
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            deep_colours = any(";16" in str(tile) for tile in image.tile)      # Pillow keeps the upper 8 bits
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith(("I", "F")):
-                image = Image.fromarray(_to_8_bits(np.asarray(image)))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.array(image.convert("RGB"))
-            if deep_colours and image.mode == "RGB" and pixels.max() < 16:
-                pixels *= 17                               # 12 bits stored in 16, see _to_8_bits
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-    except Exception as error:                             # a damaged file makes a decoder raise anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"none of {', '.join(FORMATS)}"
-        raise UserError(printable(f"{path}: not a readable picture ({reason})")) from None
-
-
-def _to_8_bits(levels):
-    """uint8 [H, W] of integers or floats [H, W], which Pillow would clip to 255.
-
-    White is the first of TOPS that no level exceeds (1 for floats only): 12 bits are often stored in 16.
-    """
-    low, high = levels.min(), levels.max()
-    if not 0 <= low <= high <= TOPS[-1]:                   # true for NaN
-        raise ValueError(f"levels from {low:g} to {high:g}; scale them to 0 to {TOPS[-1]}")
-    tops = TOPS if levels.dtype.kind == "f" else TOPS[1:]
-    white = next(top for top in tops if high <= top)
-    return (levels * (255 / white)).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------- labelled sets

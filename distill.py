@@ -19,13 +19,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, load_teacher
+from checkpoint import UserError
+from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from lincls import fingerprint
 from loss import seed_loss, seed_target
 from model import ARCHS, Embedder, build_network, patch_size
 from optim import LARS, param_groups, seed_lr, warmup_cosine
-from run import DEVICES, HelpFormatter, Run, at_least, launch
+from pretrained import load_teacher
+from run import Run
 from views import VIEWS, build_views, pick_views
 
 LINE = "loss {loss:.3f} positive {positive_mass:.1%} cosine {cosine:.3f} spread {spread:.2f}"
@@ -101,10 +103,6 @@ def get_parser():
 
 def check(args, dataset, world_size):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
-    for name in ("mean", "std"):
-        values = getattr(args, name) or (0,)
-        if len(values) not in (1, 3) or max(values) > 1:
-            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
     if args.small_images and not args.arch.startswith("resnet"):
         raise UserError(f"--small-images: {args.arch} is not a ResNet; leave it out")
     if args.optimizer != "adamw" and args.beta2 != get_parser().get_default("beta2"):

@@ -21,14 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, load_twist, write_atomically
+from checkpoint import UserError, write_atomically
+from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import predict
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from knn import nearest_neighbours
 from pictures import draw_embedding
 from predictions import name_classes
-from pretrained import choose_input, load_network, network_flags
-from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
+from pretrained import choose_input, load_network, load_twist, network_flags
+from run import make_evaluation_folder
 
 
 def get_parser():

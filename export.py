@@ -24,8 +24,8 @@ import re
 from pathlib import Path
 
 from checkpoint import UserError, write_atomically
+from cli import HelpFormatter, launch
 from pretrained import load_network, network_flags
-from run import HelpFormatter, launch
 
 
 def get_parser():

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import UserError, to_stderr, write_atomically
+from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import evaluate
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
 from pretrained import load_network, network_flags
-from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
+from run import make_evaluation_folder
 
 
 def get_parser():

@@ -22,15 +22,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, load_init
+from checkpoint import UserError
+from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from knn import knn_images, scores_to_watch
 from loss import momentum_twist_loss, twist_loss
 from model import ARCHS, build_network, bunch_layout, watch_logits, zero_init_residual
 from optim import LARS, cosine, param_groups, warmup_cosine
 from pictures import draw_curves
+from pretrained import load_init
 from restarts import Restarts
-from run import DEVICES, HelpFormatter, Run, at_least, launch
+from run import Run
 from views import VIEWS, build_views, pick_views
 
 LINE = ("loss {loss:.3f} consistency {consistency:.2f} sharpness {sharpness:.2f} diversity {diversity:.2f} "
@@ -116,10 +118,6 @@ def get_parser():
 
 def check(args, dataset, world_size):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
-    for name in ("mean", "std"):
-        values = getattr(args, name) or (0,)
-        if len(values) not in (1, 3) or max(values) > 1:
-            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
     for name in ("small_images", "zero_init_residual"):
         if getattr(args, name) and not args.arch.startswith("resnet"):
             raise UserError(f"--{name.replace('_', '-')}: {args.arch} is not a ResNet; leave it out")

@@ -20,12 +20,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import UserError, build_ours, load_trained
+from checkpoint import UserError
+from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
-from run import DEVICES, HelpFormatter, Run, at_least, launch
+from pretrained import build_ours, load_trained
+from run import Run
 from views import VIEWS, build_views, pick_views
 
 LINE = "loss {loss:.3f} on {fraction:.0%} above {threshold:.3f} classes {classes} agreement {agreement:.0%}"

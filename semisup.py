@@ -30,12 +30,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
+from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
 from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
 from pretrained import load_network, network_flags
-from run import DEVICES, HelpFormatter, Run, at_least, launch
+from run import Run
 from views import Views
 
 

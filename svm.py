@@ -20,10 +20,11 @@ import torch
 from torchvision.transforms.functional import resize
 
 from checkpoint import UserError, to_stdout, write_atomically
+from cli import DEVICES, HelpFormatter, at_least, launch
 from data import ImageSet, input_of
 from lincls import build_reader
 from pretrained import load_network, network_flags
-from run import DEVICES, HelpFormatter, at_least, launch, make_evaluation_folder
+from run import make_evaluation_folder
 from views import normalize
 
 

@@ -35,10 +35,11 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_twist, write_atomically  # noqa: E402
+from checkpoint import write_atomically  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
+from pretrained import load_twist  # noqa: E402
 
 RECIPES = {       # name: (the recipe whose network it starts from, command)
     "classes": (None, ["pretrain.py"]),

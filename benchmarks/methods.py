@@ -29,13 +29,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from fashion_mnist import knn_accuracy, linear_accuracy  # noqa: E402
 
 import pretrain  # noqa: E402
-from checkpoint import UserError, load_pretrained, load_twist, write_atomically  # noqa: E402
+from checkpoint import UserError, write_atomically  # noqa: E402
+from cli import launch, parse_args  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
 from data import Batches, build_dataset, eval_batches, input_of  # noqa: E402
 from knn import extract_features  # noqa: E402
 from model import build_backbone  # noqa: E402
 from optim import param_groups, warmup_cosine  # noqa: E402
-from run import launch, parse_args  # noqa: E402
+from pretrained import load_pretrained, load_twist  # noqa: E402
 from views import build_views  # noqa: E402
 
 # What all methods share: 936 steps, crops of 40 to 100 %. It was the default run of pretrain.py until 0.2.0.

@@ -15,7 +15,7 @@ import barlow
 import cluster_eval
 import embed
 import pretrain
-from run import launch
+from cli import launch
 
 Straight = namedtuple("Straight", "flags out said saved ended")
 

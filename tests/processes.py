@@ -24,8 +24,8 @@ import torch
 
 import checkpoint
 import pretrain
+from cli import launch, parse_args
 from model import build_network
-from run import launch, parse_args
 
 ROOT = Path(__file__).parents[1]
 STAGES = {                       # flags of a run of 24 steps or 33; {network} is a checkpoint of pretrain

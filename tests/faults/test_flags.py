@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from processes import ROOT, STAGES, bounds_of, saved_network
 
+import cli
 import run
 
 EVALUATED = ("knn", "cluster_eval", "embed", "export")
@@ -101,7 +102,7 @@ def outcome(stage, words, out, capfd):
     """'started' or 'refused', whichever is proper; raises AssertionError for all else."""
     script = importlib.import_module(stage)
     try:
-        run.launch(script.main, script.get_parser(), words)
+        cli.launch(script.main, script.get_parser(), words)
     except Started:
         json.loads((out / "config.json").read_text())
         assert (out / "log.jsonl").exists() and not list(out.glob("*.tmp"))

@@ -31,6 +31,7 @@ from processes import FORKS, ROOT, metrics_of, run
 
 import checkpoint
 import cluster_eval
+import pretrained
 from checkpoint import UserError, load_checkpoint, load_last_checkpoint
 
 SMALL = ("--data fake --image-size 16 --batch-size 128 --epochs 1 --hidden-dim 16 --save-every 2 "
@@ -436,7 +437,7 @@ def test_bombs_take_no_memory(name, runs, usual, tmp_path):
     (write, may_be_read), path = BOMBS[name], tmp_path / "bomb.pth"
     sound = runs["pretrain"] / "checkpoint.pth"
     write(sound, path)
-    said, growth = measured(load_checkpoint if may_be_read is not None else checkpoint.load_twist, path)
+    said, growth = measured(load_checkpoint if may_be_read is not None else pretrained.load_twist, path)
     assert (said is None) if may_be_read else (said[0] == "UserError" and "\n" not in said[1]), said
     assert growth < usual + 200, (growth, usual)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from processes import finish, log_lines, metrics_of, run, same, start, wait_for, wait_until, weights
 
 import checkpoint
-import data
+import folders as picture_files
 from checkpoint import UserError
 from data import Batches, ImageSet, build_dataset, eval_batches, read_picture
 from views import build_views
@@ -224,7 +224,7 @@ def replaced(dataset, broken, seed):
     return ImageSet(None, labels, dataset.class_names, dataset.paths[chosen])
 
 
-@pytest.mark.filterwarnings("ignore")             # pytest undoes data.py's filter; see the run further down
+@pytest.mark.filterwarnings("ignore")             # pytest undoes folders.py's filter; see below
 @pytest.mark.parametrize("name", ODD)
 def test_odd_pictures_are_read(name, tmp_path, capfd):
     content, (shape, first, last) = ODD[name]
@@ -243,8 +243,8 @@ def test_odd_pictures_are_read(name, tmp_path, capfd):
 
 @pytest.mark.parametrize("kind, suffix", [("AVIF", ".avif"), ("HEIF", ".heic"), ("HEIF", ".HEIF")])
 def test_pictures_of_phones_are_read(kind, suffix, tmp_path):
-    if suffix.lower() not in data.SUFFIXES:
-        pytest.skip(data.REMEDIES[suffix.lower()])
+    if suffix.lower() not in picture_files.SUFFIXES:
+        pytest.skip(picture_files.REMEDIES[suffix.lower()])
     picture().save(tmp_path / f"a{suffix}", kind, quality=95)
     (tmp_path / "plain.jpg").write_bytes(encoded("JPEG"))
     dataset = build_dataset(str(tmp_path), "train")
@@ -259,9 +259,9 @@ def test_heic_is_read_where_pillow_heif_is_installed(installed, monkeypatch):
     registered = []
     package = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
     monkeypatch.setitem(sys.modules, "pillow_heif", package if installed else None)
-    spec = importlib.util.spec_from_file_location("data_again", data.__file__)
+    spec = importlib.util.spec_from_file_location("folders_again", picture_files.__file__)
     again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "data_again", again)
+    monkeypatch.setitem(sys.modules, "folders_again", again)
     spec.loader.exec_module(again)
     assert registered == [True] * installed
     assert (".heic" in again.SUFFIXES) == ("HEIF" in again.FORMATS) == installed

@@ -35,9 +35,11 @@ from processes import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cli
 import run
 from checkpoint import UserError, load_checkpoint, save_checkpoint
-from run import HelpFormatter, Run, at_least, launch, parse_args
+from cli import HelpFormatter, at_least, launch, parse_args
+from run import Run
 
 CPU = torch.device("cpu")
 
@@ -245,7 +247,7 @@ def test_files_of_flags(tmp_path):
     (r"--output-dir C:\new\dir", ["--output-dir", r"C:\new\dir"]), ("  # --lrs 1", []), ("", []), ("#", [])])
 def test_words_of_a_line_of_flags(line, words, tmp_path):
     """A # that does not begin a word is no comment, and quotes keep spaces together."""
-    assert run._words(line, flags_parser()) == words
+    assert cli._words(line, flags_parser()) == words
     (tmp_path / "flags").write_text(line)
     assert parse_args(flags_parser(), [f"@{tmp_path}/flags"]) == parse_args(flags_parser(), words)
 

@@ -21,6 +21,7 @@ from PIL import Image
 from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, start, wait_until
 
 import checkpoint
+import cli
 import data
 import pretrain
 import run
@@ -248,7 +249,7 @@ def test_control_c_before_a_run_can_save(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(pretrain, "build_dataset", interrupted)
     with pytest.raises(SystemExit) as stop:
-        run.launch(pretrain.main, pretrain.get_parser(), ["--output-dir", str(tmp_path / "run")])
+        cli.launch(pretrain.main, pretrain.get_parser(), ["--output-dir", str(tmp_path / "run")])
     assert stop.value.code == 130 and not (tmp_path / "run").exists()
 
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from processes import metrics_of
 from sklearn.cluster import KMeans
 
-from checkpoint import load_twist, save_checkpoint
+from checkpoint import save_checkpoint
 from cluster_eval import evaluate, predict
 from clusters import cluster_features, kmeans, kmeans_plus_plus, lloyd, nearest_centres
 from data import build_dataset, eval_batches
+from pretrained import load_twist
 
 
 def blobs(N=600, K=7, D=5, seed=0):

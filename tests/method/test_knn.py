@@ -11,10 +11,11 @@ from PIL import Image
 from processes import metrics_of
 
 import data
-from checkpoint import load_pretrained, load_twist, save_checkpoint
+from checkpoint import save_checkpoint
 from data import build_dataset, eval_batches
 from knn import extract_features, knn_images, knn_predict, nearest_neighbours, scores_to_watch, vote
 from model import build_backbone
+from pretrained import load_pretrained, load_twist
 
 FAKE = {"data": "fake", "image_size": 0, "mean": None, "std": None}
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import pretrain
 from checkpoint import load_checkpoint
+from cli import parse_args
 from data import Batches, build_dataset
 from loss import twist_loss
 from restarts import Restarts, loss_on_fresh_views
-from run import parse_args
 from views import build_views
 
 SMALL = "--data fake --image-size 16 --batch-size 64 --hidden-dim 32 --print-every 1 --knn-every 0"

@@ -14,6 +14,7 @@ from sklearn.svm import LinearSVC
 from torchvision.transforms.functional import resize
 
 import checkpoint
+import pretrained
 import svm
 from data import read_picture
 from lincls import pool_depth
@@ -168,7 +169,7 @@ def test_pictures_are_squashed_as_pillow_does(start, voc, tmp_path, monkeypatch)
 
 def features_by_hand(network, voc, part):
     """The last map, averaged over 2 × 2 of 4 × 4 places, to length 1."""
-    backbone, _ = checkpoint.load_pretrained(network)
+    backbone, _ = pretrained.load_pretrained(network)
     backbone.eval()
     rows = []
     for path in read_voc(voc, part)[0]:

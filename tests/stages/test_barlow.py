@@ -7,9 +7,9 @@ from processes import log_lines, metrics_of, run, weights
 import barlow
 import pretrain
 from checkpoint import save_checkpoint
+from cli import parse_args
 from loss import barlow_twins_terms
 from model import BarlowTwins, build_network
-from run import parse_args
 
 SMALL = "--data fake --image-size 16 --batch-size 64 --epochs 2 --hidden-dim 32 --print-every 2"
 

@@ -16,18 +16,12 @@ from processes import ROOT, metrics_of
 
 import checkpoint
 import export
-from checkpoint import (
-    COUNTER,
-    UserError,
-    load_backbone,
-    load_pretrained,
-    load_teacher,
-    load_twist,
-    save_checkpoint,
-)
+import pretrained
+from checkpoint import COUNTER, UserError, load_backbone, save_checkpoint
+from cli import launch
 from data import PICTURES, input_of
 from model import build_backbone, build_network, build_twist
-from run import launch
+from pretrained import load_pretrained, load_teacher, load_twist
 
 CONFIG = {"arch": "resnet8", "num_classes": 10, "hidden_dim": 16, "bunch_size": None, "nbs": True,
           "small_images": False, "data": "fake", "seed": 3}
@@ -683,7 +677,7 @@ def test_the_arch_of_a_released_checkpoint_is_that_of_its_tensors(arch, monkeypa
     """Of the paper's networks, by names and shapes alone."""
     with torch.device("meta"):
         network = build_twist(CONFIG | dict(arch=arch, num_classes=4096, hidden_dim=4096))
-    config = checkpoint.read_published(released(network), "twist.pth")["config"]
+    config = pretrained.read_published(released(network), "twist.pth")["config"]
     assert (config["arch"], config["num_classes"], config["nbs"]) == (arch, 4096, True)
 
 

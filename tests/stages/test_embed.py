@@ -13,11 +13,11 @@ from PIL import Image
 from processes import ROOT, metrics_of, saved_network
 from sklearn.decomposition import PCA
 
-from checkpoint import load_twist
 from cluster_eval import predict
 from data import build_dataset, eval_batches
 from embed import principal_components
 from pictures import draw_map, draw_neighbours
+from pretrained import load_twist
 
 
 @pytest.fixture(scope="module")

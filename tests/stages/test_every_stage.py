@@ -19,8 +19,9 @@ from processes import (
 )
 
 import run
-from checkpoint import load_checkpoint, load_pretrained
+from checkpoint import load_checkpoint
 from data import input_of
+from pretrained import load_pretrained
 
 FILES = {                        # besides those of every stage
     "pretrain": {"backbone.pth", "backbone.json", "backbone_student.pth", "backbone_student.json",

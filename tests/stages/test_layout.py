@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import data
 import model
-from run import parse_args
+import pretrained
+from cli import parse_args
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 STAGES = [name for name in SOURCES if "def get_parser" in SOURCES[name]]
-SHARED = {"loss.py", "model.py", "data.py", "views.py", "optim.py", "checkpoint.py", "run.py", "pictures.py",
-          "predictions.py", "pretrained.py", "restarts.py", "clusters.py"}
+SHARED = {"loss.py", "model.py", "data.py", "folders.py", "views.py", "optim.py", "checkpoint.py", "cli.py",
+          "run.py", "pictures.py", "predictions.py", "pretrained.py", "restarts.py", "clusters.py"}
 TRAINED = ("pretrain.py", "barlow.py", "selflabel.py", "distill.py")
 # lines and cyclomatic complexity of `main`
 LIMITS = dict.fromkeys(TRAINED, (120, 25)) | dict.fromkeys(("lincls.py", "semisup.py", "cluster_eval.py"),
@@ -30,7 +30,7 @@ LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
-ALSO = {"data.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"}}
+ALSO = {"folders.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"}}
 # PIL comes with torchvision, the others are optional
 
 
@@ -109,7 +109,7 @@ def sources_that_read(script):
                            ("build_network(", inspect.getsource(model)),
                            ("Restarts(", SOURCES["restarts.py"]),
                            ("network_flags(", SOURCES["pretrained.py"]),
-                           ("load_init(", inspect.getsource(checkpoint.load_init))):
+                           ("load_init(", inspect.getsource(pretrained.load_init))):
         texts += [reader] * (called in SOURCES[script])
     return "\n".join(texts)
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import checkpoint
 import lincls
+import pretrained
 from data import Batches, ImageSet, build_dataset, eval_batches, hold_out, input_of
 from lincls import Heads, build_optimizer, build_reader, cache_features, head_losses, pool_depth
 from model import build_backbone
@@ -200,7 +201,7 @@ def test_choice_is_made_on_held_out_images_and_reported_on_the_test_set(network,
     labels = build_dataset("fake", "test").labels
     predicted = torch.tensor(predictions_of(tmp_path))
     assert (predicted == labels).double().mean().item() == result["test_top1"]
-    backbone, config = checkpoint.load_pretrained(network)
+    backbone, config = pretrained.load_pretrained(network)
     linear = nn.Linear(128, 10)
     linear.load_state_dict(torch.load(tmp_path / "head.pth", weights_only=True))
     with torch.no_grad():
@@ -224,7 +225,7 @@ def test_published_recipe_is_what_torchs_pieces_do(network, tmp_path, here, mult
     metrics = metrics_of(tmp_path)
     assert metrics["num_train"] == 512 and len(metrics["results"]) == 1
 
-    backbone, config = checkpoint.load_pretrained(network)
+    backbone, config = pretrained.load_pretrained(network)
     backbone.eval().to(memory_format=torch.channels_last)
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train")

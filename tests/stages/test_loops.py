@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from processes import saved_network
 
-from checkpoint import load_checkpoint, load_teacher, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from data import Batches, build_dataset, input_of
 from loss import barlow_twins_terms, momentum_twist_loss, seed_loss, self_label_loss, twist_loss
 from model import Embedder, build_network
+from pretrained import load_teacher
 from views import build_views
 
 STEPS = 8                        # 512 images, 64 in a step; the first two warm up

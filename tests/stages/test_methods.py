@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from checkpoint import UserError
+from cli import parse_args
 from data import build_dataset
 from loss import barlow_twins_loss
-from run import parse_args
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import methods  # noqa: E402

@@ -9,10 +9,10 @@ from processes import ROOT, metrics_of
 from test_layout import STAGES as SCRIPTS
 from test_layout import flags_of, meaning
 
-from checkpoint import UserError, description, load_checkpoint, load_pretrained
+from checkpoint import UserError, load_checkpoint
 from data import PICTURES, input_of
 from model import build_backbone
-from pretrained import choose_input, load_network, network_flags
+from pretrained import choose_input, description, load_network, load_pretrained, network_flags
 
 EVALUATIONS = [name for name in SCRIPTS if "network_flags(" in (ROOT / name).read_text()]
 FLAGS = ("--checkpoint", "--key", "--arch", "--small-images", "--image-size", "--mean", "--std")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import ROOT, saved_network
 
-from run import parse_args
+from cli import parse_args
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.txt"))}
 

@@ -11,6 +11,7 @@ from processes import log_lines, metrics_of, run, same, saved_network, weights
 from torch import nn
 
 import checkpoint
+import pretrained
 import semisup
 from checkpoint import UserError
 from data import Batches, ImageSet, build_dataset, eval_batches, input_of
@@ -123,7 +124,7 @@ def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here, steps):
     here(f"{small(network, tmp_path / 'run')} {flags}")
     metrics = metrics_of(tmp_path / "run")
     assert metrics["num_train"] == 128 and metrics["num_test"] == 256 and "held_out_top1" not in metrics
-    backbone, config = checkpoint.load_pretrained(network)
+    backbone, config = pretrained.load_pretrained(network)
     size, mean, std = input_of(config)
     dataset = build_dataset("fake", "train").subset(draw_labels(build_dataset("fake", "train"), 0.25, 0))
     if steps:
@@ -154,7 +155,7 @@ def test_fine_tuning_is_what_torchs_pieces_do(network, tmp_path, here, steps):
     for name, value in backbone.state_dict().items():
         a, b = state[f"backbone.{name}"].double(), value.double()
         assert (a - b).norm() <= 0.02 * b.norm(), name
-    before = checkpoint.load_pretrained(network)[0].state_dict()
+    before = pretrained.load_pretrained(network)[0].state_dict()
     moved = [name for name in before if not torch.equal(before[name], state[f"backbone.{name}"])]
     assert len(moved) == len(before)                            # every parameter and every statistic
 
@@ -205,7 +206,7 @@ def test_random_init_is_the_same_network_from_scratch(network, tmp_path, here):
     out, _ = here(f"{small(network, tmp_path)} --random-init --seed 5 --lr 0 --epochs 1")
     assert "resnet8, random weights" in out
     state = torch.load(tmp_path / "backbone.pth", weights_only=True)
-    before = checkpoint.load_pretrained(network)[0].state_dict()
+    before = pretrained.load_pretrained(network)[0].state_dict()
     torch.manual_seed(5)
     fresh = semisup.build_backbone("resnet8").state_dict()
     assert torch.equal(state["conv1.weight"], fresh["conv1.weight"])

@@ -5,9 +5,9 @@ import json
 import pytest
 from processes import ROOT
 
-from checkpoint import load_twist
 from cluster_eval import evaluate, predict
 from data import build_dataset, eval_batches
+from pretrained import load_twist
 
 WEIGHTS = ROOT / "weights"
 
