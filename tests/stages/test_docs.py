@@ -119,7 +119,7 @@ def test_diffs_apply_one_by_one_and_run_together(tmp_path):
 # ---------------------------------------------------------------- all pages
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page, monkeypatch):
-    from run import parse_args
+    from cli import parse_args
 
     monkeypatch.chdir(ROOT)
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", PAGES[page], re.DOTALL)).replace("\\\n", " ")
