@@ -30,7 +30,7 @@ import torch
 from processes import FORKS, ROOT, metrics_of, run
 
 import checkpoint
-import cluster_eval
+import predictions
 import pretrained
 from checkpoint import UserError, load_checkpoint, load_last_checkpoint
 
@@ -489,19 +489,19 @@ def test_predictions_of_others(write, tmp_path):
     """Hostile .npz files; sound ones, compressed a thousandfold, are read."""
     path = tmp_path / "bomb.npz"
     write(path)
-    said, growth = measured(cluster_eval.read_predictions, path)
+    said, growth = measured(predictions.read_predictions, path)
     assert said[0] == "UserError" and "\n" not in said[1] and str(path) in said[1], said
     assert growth < 200 and not Path(f"{path}.ran").exists()
     ids = np.zeros(10 ** 6, int)
     np.savez_compressed(tmp_path / "sound.npz", labels=ids, predictions=ids + 1)
-    labels, *_ = cluster_eval.read_predictions(tmp_path / "sound.npz")
+    labels, *_ = predictions.read_predictions(tmp_path / "sound.npz")
     assert (tmp_path / "sound.npz").stat().st_size < 20_000 and len(labels) == 10 ** 6
 
 
 def test_a_mapping_that_is_nested_too_deeply(tmp_path):
     (tmp_path / "metrics.json").write_text("[" * 10 ** 6)
     with pytest.raises(UserError, match="--map-from .*: not the metrics.json"):
-        cluster_eval.read_mapping(tmp_path / "metrics.json", 10, None)
+        predictions.read_mapping(tmp_path / "metrics.json", 10, None)
 
 
 # ---------------------------------------------------------------- two readers of one zip file

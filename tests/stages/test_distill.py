@@ -1,5 +1,7 @@
 """distill.py teaches a student what any project's network sees, alone and in two processes; noise resumes."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,7 +263,8 @@ def test_a_mobilenet_of_torchvision_loads_whole(tmp_path):
     ("--milestones 1", "--milestones"), ("--std 0", "--std"), ("--data nowhere", "nowhere")])
 def test_bad_input_is_one_line_and_code_2(teacher, bad, names, here, tmp_path):
     (tmp_path / "garbage.pth").write_bytes(b"PK\3\4 no more")
-    bad = bad.format(bare=teacher.parent / "backbone.pth", garbage=tmp_path / "garbage.pth")
+    shutil.copy(teacher.parent / "backbone.pth", tmp_path / "bare.pth")            # without its backbone.json
+    bad = bad.format(bare=tmp_path / "bare.pth", garbage=tmp_path / "garbage.pth")
     command = f"distill.py --teacher {teacher} {FLAGS} --epochs 1 --output-dir {tmp_path}/out {bad}"
     _, err = here(command, code=2 if names else 0)
     if names is None:
