@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 import data
+import folders
 from checkpoint import UserError
 from data import (
     FASHION_MNIST,
     INPUTS,
-    SUFFIXES,
     Batches,
     CentreCrops,
     ImageSet,
@@ -31,11 +31,10 @@ from data import (
     folder_flags,
     folder_options,
     hold_out,
-    in_validation,
     labelled,
     num_workers,
-    read_picture,
 )
+from folders import SUFFIXES, in_validation, read_picture
 from views import UNIFORMS, RandomView, build_views, crop_resize, normalize
 
 PHOTOGRAPHS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
@@ -163,7 +162,7 @@ def test_nothing_there_is_one_line(tmp_path, path, message):
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, capfd, monkeypatch):
     make(tmp_path, "cat/a.jpg", "cat/b.jfif", "cat/c.jpe", "dog/a.jpg", "dog/b.heic", "dog/deep/c.HEIC",
          "dog/notes.txt", "__MACOSX/x.txt", "eel/a.heic", ".hidden/x.txt", "cat/.x.txt", "README")
-    monkeypatch.setattr(data, "SUFFIXES", tuple(suffix for suffix in SUFFIXES if suffix != ".heic"))
+    monkeypatch.setattr(folders, "SUFFIXES", tuple(suffix for suffix in SUFFIXES if suffix != ".heic"))
     for split in ("train", "test"):
         assert list(found(tmp_path, split)) == ["cat/a.jpg", "cat/b.jfif", "cat/c.jpe", "dog/a.jpg"]
     assert build_dataset(str(tmp_path), "train").class_names == ["cat", "dog"]

@@ -250,7 +250,7 @@ def test_a_mobilenet_of_torchvision_loads_whole(tmp_path):
     ("", None), ("--teacher nothing.pth", "nothing.pth"),
     ("--teacher {bare}", "--teacher-arch"), ("--teacher {bare} --teacher-arch resnet18", "layer"),
     ("--teacher-arch resnet50", "--teacher-arch resnet50"), ("--teacher-head projector", "--teacher-head"),
-    ("--teacher {bare} --teacher-arch resnet8_2x2 --data fake", None),
+    ("--teacher {bare} --teacher-arch resnet8_2x2 --data fake --image-size 16", None),
     ("--teacher {bare} --teacher-arch resnet8_2x2", "--data"),
     ("--teacher {garbage}", "garbage.pth"),
     ("--queue-size 200", "--queue-size 200: not divisible by --batch-size 64; 256 would be"),
