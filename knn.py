@@ -179,7 +179,7 @@ def main(args):
     num_classes = len(train.class_names)
     broken = f"; {num_broken} broken pictures left out" if num_broken else ""
     name = args.data or config["data"]
-    print(f"{name}: {len(test):,} test images against {len(train):,} training images, "
+    print(f"{name}: {len(test):,} {test.part} against {len(train):,} {train.part}, "
           f"T = {args.temperature}{broken}")
     metrics = {"checkpoint": args.checkpoint, "data": name, "temperature": args.temperature,
                "num_train": len(train), "num_test": len(test), "num_broken": num_broken,
