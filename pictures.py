@@ -148,7 +148,8 @@ def caption(row):
     if "class" in row and row["class"] != row.get("majority", ""):
         match = f"matched to {row['class']}" if row["class"] else "unmatched"
         about = [f"{about[0]} ({match})" if about else match]
-    return f"cluster {row['cluster']}: " + ", ".join([*about, f"{row['size']:,} image{'s' * (row['size'] != 1)}"])
+    about.append(f"{row['size']:,} image{'s' * (row['size'] != 1)}")
+    return f"cluster {row['cluster']}: {', '.join(about)}"
 
 
 def draw_contact_sheet(path, images, predictions, confidences, clusters, images_per_cluster=12, title="",
