@@ -515,7 +515,7 @@ def test_knn_leaves_out_and_counts(trained, folders, tmp_path, here):
     for folder in ("without", "damaged"):
         out, _ = here(f"knn.py {on_network(trained, '--k 5 37')} --data {folders}/{folder} "
                       f"--output-dir {tmp_path}/{folder}")
-        assert "18 test images against 37 training images" in out
+        assert "18 validation images against 37 training images" in out
         assert ("5 broken pictures left out" in out) == (folder == "damaged")
         found[folder] = metrics_of(tmp_path / folder)
     assert (found["without"].pop("num_broken"), found["damaged"].pop("num_broken")) == (0, 5)

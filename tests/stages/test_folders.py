@@ -64,7 +64,7 @@ def test_without_a_share_all_pictures_are_in_every_part(photos, here, tmp_path):
         assert "no train and val parts; --val-share 0.2 keeps a fifth" in err and err.count("\n") == 1
     out, _ = here(f"knn.py --k 5 --val-share 0.2 {flags}")
     test = build_dataset(str(photos), "test", val_share=0.2)
-    assert f"{len(test)} test images against {90 - len(test)} training images" in out
+    assert f"{len(test)} validation images against {90 - len(test)} training images" in out
 
 
 @pytest.mark.parametrize("stage, flag", [("selflabel", "--checkpoint"), ("distill", "--teacher")])

@@ -270,7 +270,7 @@ def test_pictures_from_files_killed_and_resumed(pictures, tmp_path):
     for name in ("contact_sheet.png", "confusion_matrix.png", "top3.png"):
         assert (tmp_path / "classes" / name).stat().st_size > 1000
     out, _ = run(f"knn.py {checkpoint} --output-dir {tmp_path}/knn --k 5 --workers 1")
-    assert "16 test images against 64 training images" in out
+    assert "16 validation images against 64 training images" in out
 
 
 def test_pictures_without_labels(pictures, tmp_path):
