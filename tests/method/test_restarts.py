@@ -13,6 +13,7 @@ from checkpoint import load_checkpoint
 from cli import parse_args
 from data import Batches, build_dataset
 from loss import twist_loss
+from optim import warmup_cosine
 from restarts import Restarts, loss_on_fresh_views
 from views import build_views
 
@@ -142,6 +143,8 @@ def test_a_run_with_restarts_goes_on_with_the_best_candidate(tmp_path):
     steps = [line for line in lines if "loss" in line]
     rates = [line["lr"] for line in steps]
     assert len(rates) == 16 and rates[:4] == rates[4:8] == rates[8:12] and rates[:2] == [0, max(rates) / 4]
+    schedule = [warmup_cosine(step, 8, 4, max(rates), 0.001 * max(rates)) for step in range(8)]
+    assert rates[8:] == pytest.approx(schedule)          # the last one takes all of it
     run(f"pretrain.py {SMALL} --epochs 2 --warmup-epochs 0.5 --restarts 1 --output-dir {tmp_path}/one")
     plain = [line for line in log_lines(tmp_path / "one") if "loss" in line]
     assert [line["loss"] for line in plain[:4]] == [line["loss"] for line in steps[:4]]
