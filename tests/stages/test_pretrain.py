@@ -310,3 +310,13 @@ def test_too_many_broken_pictures(pictures, here, tmp_path):
     assert err.count("error: ") == err.count("--data: 11 of 32 pictures cannot be read") == 1
     assert len(named) == len(set(named)) >= 11 and all(".jpg" in line for line in named)
     assert not (tmp_path / "out/checkpoint.pth").exists()
+
+
+def test_fp16_clips_the_norm_of_the_gradient_without_its_scale(here, tmp_path):
+    for name, flags in (("start", "--lr 0"), ("off", "--lr 1"), ("fp16", "--lr 1 --amp fp16 --device cpu")):
+        here(f"pretrain.py {SMALL} --knn-every 0 --optimizer sgd --weight-decay 0 --clip-norm 0.1 {flags} "
+             f"--output-dir {tmp_path}/{name}")
+    start, single, half = (torch.cat([value.flatten() for name, value in weights(tmp_path / which).items()
+                                      if name.endswith("weight")]) for which in ("start", "off", "fp16"))
+    assert (single - start).norm() > 0.01
+    assert (half - single).norm() < 0.5 * (single - start).norm()
