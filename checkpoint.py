@@ -81,7 +81,8 @@ def load_checkpoint(path):
 
 def require_ours(state, verified, path):
     if not verified:
-        raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short)")
+        raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short); "
+                        "use another")
     if not is_ours(state):
         raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)"
                         f"{_hint_at_run(path)}")
@@ -91,7 +92,9 @@ def require_ours(state, verified, path):
 def _hint_at_run(path):
     """For a bare backbone, which lies beside the checkpoint of its run."""
     beside = Path(path).with_name("checkpoint.pth")
-    return f"; the run's whole network is in {beside}" if beside.is_file() and beside != Path(path) else ""
+    if beside.is_file() and beside != Path(path):
+        return f"; the run's whole network is in {beside}"
+    return "; use a run's checkpoint.pth"
 
 
 def load_last_checkpoint(out):
@@ -113,7 +116,7 @@ def load_last_checkpoint(out):
         try:
             os.replace(last, out / "checkpoint.damaged.pth")
         except OSError as error:
-            raise UserError(f"{last}: damaged, and cannot be moved ({error.strerror})") from None
+            raise UserError(f"{last}: damaged, and cannot be moved ({error.strerror}); remove it") from None
     return state
 
 
@@ -205,23 +208,24 @@ def load_backbone(backbone, path, key=None, partial=False):
     content, verified = read_file(path)
     tensors = _tensors(content) if isinstance(content, dict) else {}
     if not tensors:
-        raise UserError(f"{path}: holds no state dict, but a {type(content).__name__} without named tensors")
+        raise UserError(f"{path}: holds no state dict, but a {type(content).__name__} without named tensors; "
+                        "use another file")
     expected = backbone.state_dict()
     places = _find_places(expected, tensors, key)
     if not places:
         raise UserError(f"{path}: holds none of the network's names{f' under {key}' if key else ''}; it has "
-                        f"{_first(tensors, 3)}, the network {_first(expected, 3)}")
+                        f"{_first(tensors, 3)}, the network {_first(expected, 3)}; is --arch right?")
     fitting = [place for place in places if not place.problem]
     if not fitting and not partial:
         raise UserError(f"{path}: is not this network ({places[0].problem}), looked for in "
-                        f"{places[0].prefix or 'its top level'}")
+                        f"{places[0].prefix or 'its top level'}; is --arch right?")
     fitting.sort(key=lambda place: (place.prefix != key, _preference(place.prefix), place.prefix.count(".")))
     best, *others = fitting or places[:1]
     if best.prefix != key:
         _refuse_ambiguous(best, others, tensors, path)
     from_moco3 = re.search("base_encoder|momentum_encoder", best.prefix)
     if from_moco3 and len(expected.get("norm.weight", ())) == 384:
-        raise UserError(f"{path}: MoCo v3's ViT-S has 12 heads, vit_s 6: another network of these shapes")
+        raise UserError(f"{path}: MoCo v3's ViT-S has 12 heads, vit_s 6; use one with 6, such as DINO's")
 
     backbone.load_state_dict(expected | {ours: tensors[theirs] for ours, theirs in best.names.items()})
     used = set(best.names.values())
@@ -383,7 +387,7 @@ def load_head(path, place, name="auto", act=nn.ReLU):
                 return candidate, head.append(act()) if candidate == HEADS[0] else head
     if name not in ("auto", "none"):
         raise UserError(f"--teacher-head {name}: {path} has no linear layers of that name beside "
-                        f"{place or 'its top level'}")
+                        f"{place or 'its top level'}; use auto or none")
     return "none", nn.Sequential()
 
 
@@ -407,7 +411,7 @@ def _build_head(tensors, act, where):
         return head
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{where}: is not a projection head of linear layers and batch norms "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({str(error).splitlines()[0]}); use --teacher-head none") from None
 
 
 # ---------------------------------------------------------------- damaged and hostile files
@@ -440,7 +444,7 @@ def read_file(path):
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; is the path right?")
     try:
         with open(path, "rb") as file:           # opened once, so that what was checked is what is loaded
             verified = file.read(4) == ZIP_FORMAT        # torch.load looks at the same bytes
@@ -460,7 +464,8 @@ def read_file(path):
     except Exception as error:   # a damaged file makes zipfile and the unpickler raise errors of any type
         said = re.findall(r"WeightsUnpickler error:\s*(.+)", str(error)) or str(error).strip().splitlines()
         reason = said[0] if said else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); use another, or copy it again"
+                        ) from None
     return content, verified
 
 

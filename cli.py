@@ -4,6 +4,7 @@ import argparse
 import atexit
 import difflib
 import errno
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -17,6 +18,11 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import UserError, to_stderr, to_stdout
+
+if importlib.util.find_spec("scipy") is None:        # PyTorch runs without it, so it may be missing
+    to_stderr("error: scipy is not installed; pip install -r requirements.txt")
+    sys.exit(2)
+
 
 # ---------------------------------------------------------------- flags
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]

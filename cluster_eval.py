@@ -18,12 +18,10 @@ import math
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
-from scipy.optimize import linear_sum_assignment
 
 from checkpoint import UserError, read_file, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from clusters import cluster_features, expected_mutual_information, silhouette
+from clusters import cluster_features, cluster_pixels, expected_mutual_information, silhouette
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from model import reestimate_batch_norms
 from pictures import PER_SHEET, caption, draw_clusters
@@ -144,6 +142,7 @@ def evaluate(labels, predictions, probabilities=None, mapping=None):
         K, C = len(mapping), max(C, int(mapping.max()) + 1)
     counts = np.bincount(predictions * C + labels, minlength=K * C).reshape(K, C)
     if mapping is None:
+        from scipy.optimize import linear_sum_assignment  # the Hungarian algorithm
         clusters, classes = linear_sum_assignment(counts, maximize=True)
         mapping = np.full(K, -1)
         mapping[clusters] = classes
@@ -191,7 +190,7 @@ def load_clusters(args):
     """(network, configuration): a Twist, or with --kmeans a backbone; see pretrained.load_network."""
     if args.kmeans:
         if args.map_from:
-            raise UserError("--map-from: not with --kmeans, which numbers its clusters anew")
+            raise UserError("--map-from: --kmeans numbers its clusters anew; leave one of the two out")
         return load_network(args)
     try:
         network, config = load_twist(args.checkpoint, args.key)
@@ -242,7 +241,7 @@ def print_report(scored, remarks, clusters):
 def main(args):
     # ---------------------------------------------------------------- data
     if (args.checkpoint is None) == (args.predictions is None):
-        raise UserError("--checkpoint or --predictions: one of the two is needed")
+        raise UserError("--checkpoint or --predictions: give one of the two, not both")
     dataset, mapping, scored, seed, run = None, None, {}, 0, args.checkpoint
     if args.predictions:
         for flag in ("key", "arch", "data", "kmeans", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
@@ -268,9 +267,9 @@ def main(args):
         if args.bn_images or args.kmeans:
             train = build_dataset(title, "train", seed, args.data_dir, **options)
             if args.kmeans > len(train):
-                raise UserError(f"--kmeans {args.kmeans}: there are only {len(train):,} {train.part}")
+                raise UserError(f"--kmeans {args.kmeans}: must be at most the {len(train):,} {train.part}")
         if args.pixel_kmeans and dataset.images is None:
-            raise UserError("--pixel-kmeans: only for data sets in memory; files have no common size")
+            raise UserError("--pixel-kmeans: files have no common size; leave it out")
     out = make_evaluation_folder(args.output_dir)
     metrics = {"checkpoint": run, "predictions": args.predictions, "data": title, "split": split,
                "num_images": len(labels if dataset is None else dataset), "num_clusters": num_clusters}
@@ -311,8 +310,7 @@ def main(args):
         else:
             scored["network"] = evaluate(labels, predictions, probabilities, mapping)
             if args.pixel_kmeans:
-                pixels = kept.images.flatten(1).float().numpy()
-                ids = kmeans2(pixels, num_clusters, iter=50, minit="++", seed=seed)[1]
+                ids = cluster_pixels(kept.images, num_clusters, seed)
                 scored["k-means on pixels"] = evaluate(labels, ids)
 
     # ---------------------------------------------------------------- report

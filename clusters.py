@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from scipy.special import gammaln
 
 
@@ -17,6 +18,11 @@ def cluster_features(train_features, features, num_clusters, starts, seed, devic
     clusters = nearest_centres(x, centres)[0]
     similarity = torch.cosine_similarity(x, centres[clusters])
     return clusters.cpu().numpy(), similarity.cpu().numpy(), inertia
+
+
+def cluster_pixels(images, num_clusters, seed):
+    """Clusters [N] of uint8 images [N, C, H, W] by one start of scipy's k-means, a baseline."""
+    return kmeans2(images.flatten(1).float().numpy(), num_clusters, iter=50, minit="++", seed=seed)[1]
 
 
 def kmeans(features, num_clusters, starts=10, seed=0, iterations=300):

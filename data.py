@@ -134,7 +134,7 @@ def input_of(config):
     for name in ("mean", "std"):
         values = config.get(name) or (0,)
         if len(values) not in (1, 3) or max(values) > 1:
-            raise UserError(f"--{name}: one number for all channels or three, of pixels from 0 to 1")
+            raise UserError(f"--{name}: must be one number for all channels or three, from 0 to 1")
     return config.get("image_size") or size, config.get("mean") or mean, config.get("std") or std
 
 
@@ -231,7 +231,7 @@ def _take_classes(dataset, classes, name):
         number[dataset.class_names.index(wanted)] = c
     labels = number[dataset.labels]
     if not (labels >= 0).any():
-        raise UserError(f"--classes: {name} has no {dataset.part} of these classes")
+        raise UserError(f"--classes: {name} has no {dataset.part} of these classes; name others")
     return replace(dataset.subset(labels >= 0), labels=labels[labels >= 0], class_names=list(classes))
 
 
@@ -354,7 +354,8 @@ def labelled(args, config):
     train, test = (build_dataset(data, split, config.get("seed", 0), args.data_dir, **options)
                    for split in ("train", "test"))
     if train.labels is None or test.labels is None:
-        raise UserError(f"--data {data}: has no labels, which classification needs")
+        raise UserError(f"--data {data}: has no labels; sort the pictures into folders CLASS/, or list "
+                        "them with labels")
     if train.part == "images":
         raise UserError(f"--data {data}: has no train and val parts; --val-share 0.2 keeps a fifth of each "
                         "class for validation")
@@ -419,7 +420,7 @@ class Batches(torch.utils.data.Dataset):
             picture = self.dataset[candidate]
             if picture is not None:
                 return candidate, picture
-        raise UserError(f"--data: none of the {len(self.dataset):,} pictures can be read")
+        raise UserError(f"--data: none of the {len(self.dataset):,} pictures can be read; is --data right?")
 
     def stand_ins(self, index):
         """Yields `index`, then every file in an order drawn from (seed, index)."""
@@ -500,7 +501,7 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
             images = F.interpolate(images, (size, size), mode=interpolation, antialias=True).clamp_(0, 1)
         yield normalize(images, mean, std)
     if len(dataset) and not dataset.is_readable.any():
-        raise UserError(f"--data: none of the {len(dataset):,} pictures can be read")
+        raise UserError(f"--data: none of the {len(dataset):,} pictures can be read; is --data right?")
 
 
 def _stack_readable(pictures):

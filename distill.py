@@ -117,7 +117,7 @@ def check(args, dataset, world_size):
         raise UserError(f"--queue-size {args.queue_size}: not divisible by --batch-size {args.batch_size}; "
                         f"{-(-args.queue_size // args.batch_size) * args.batch_size} would be")
     if args.milestones and args.schedule == "steps":
-        raise UserError("--milestones: add --schedule epochs, which alone reads them")
+        raise UserError("--milestones: --schedule steps has none; add --schedule epochs")
 
 
 def main(args):

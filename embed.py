@@ -86,7 +86,7 @@ def main(args):
         raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
     dataset = build_dataset(name, args.split, seed, args.data_dir, **folder_options(args, config))
     if args.class_names and dataset.labels is None:
-        raise UserError(f"--class-names: {name} has no labels, and so no classes to name")
+        raise UserError(f"--class-names: {name} has no labels; leave the flag out")
     class_names = name_classes(args.class_names, dataset.class_names)
     out = make_evaluation_folder(args.output_dir)
 

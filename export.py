@@ -52,7 +52,7 @@ def main(args):
     if output.exists():
         raise UserError(f"--output {output}: exists already; choose another name or remove it")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}")
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
     backbone, config = load_network(args)
     arch, state = config["arch"], dict(backbone.state_dict())
     own_format = "timm" if arch.startswith("vit") else "torchvision"
@@ -60,7 +60,8 @@ def main(args):
         raise UserError(f"--format {args.format}: has no {arch}, or with other names; "
                         f"use --format {own_format}")
     if args.format == "detectron2" and state["conv1.weight"].shape[-1] != 7:
-        raise UserError(f"--format detectron2: its ResNets have a 7×7 stem, which this {arch} has not")
+        raise UserError(f"--format detectron2: its ResNets have a 7×7 stem, which this {arch} has not; use "
+                        f"--format {own_format}")
 
     # ---------------------------------------------------------------- save
     if args.format == "detectron2":

@@ -63,7 +63,7 @@ def find_pictures(data, train):
         wanted, other = ("train", "val") if train else ("val", "train")
         if not parts[wanted]:
             raise UserError(f"--data {data}: has {parts[other].name}, but no {wanted} folder and no "
-                            f"{wanted}.txt")
+                            f"{wanted}.txt; add one")
         # both parts are read, so that a mistake in val is found before the training
         found = {}
         for name, part in parts.items():
@@ -71,7 +71,8 @@ def find_pictures(data, train):
                 known = found["train"][2] if "train" in found else None
                 found[name] = _read_list(part) if part.is_file() else _scan(part, known or ())
     except OSError as error:
-        raise UserError(f"--data {error.filename}: cannot be read ({error.strerror})") from None
+        raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); may you read it?"
+                        ) from None
     paths, labels, names = found[wanted]
     called = {"train": "training", "val": "validation", "test": "test"}[parts[wanted].stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
@@ -80,7 +81,7 @@ def find_pictures(data, train):
     unknown = sorted({names[label] for label in labels} - set(known))
     if unknown:
         raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
-                        f"{parts['train']}")
+                        f"{parts['train']}; rename or remove it")
     number = {name: c for c, name in enumerate(known)}
     return paths, [number[names[label]] for label in labels], known, called
 
@@ -107,7 +108,7 @@ def _scan(folder, known=()):
         paths, labels, classes = _pictures_below(folder, left_out), None, None
         if not paths:
             raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
-                            f"{_listed(left_out) or 'no files at all'}")
+                            f"{_listed(left_out) or 'no files at all'}; is the path right?")
     else:
         paths, labels = [], []
         for label, name in enumerate(classes):
@@ -178,14 +179,15 @@ def _read_list(path):
         if folder not in names_in:                # faster than to ask for each of a million files
             names_in[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in names_in[folder]:
-            raise UserError(f"--data {path}: line {number} names a missing file: {picture}")
+            raise UserError(f"--data {path}: line {number} names a missing file, {picture}; correct or "
+                            "remove the line")
         if labels and (label is None) != (labels[0] is None):
             raise UserError(f"--data {path}: line {number} has {'no' if label is None else 'a'} label, "
-                            "unlike the first")
+                            "unlike the first; give all lines one or none")
         paths.append(picture)
         labels.append(label)
     if not paths:
-        raise UserError(f"--data {path}: an empty list")
+        raise UserError(f"--data {path}: an empty list; it needs a path of a picture a line")
     if labels[0] is None:
         return paths, None, None
     return paths, *_number_labels(labels)

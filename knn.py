@@ -160,7 +160,8 @@ def main(args):
     # ---------------------------------------------------------------- data
     train, test = labelled(args, config)
     if max(args.k) > len(train):
-        raise UserError(f"--k {max(args.k)}: there are only {len(train)} training images")
+        raise UserError(f"--k {max(args.k)}: there are only {len(train)} training images; choose at most "
+                        "that many")
     out = make_evaluation_folder(args.output_dir)
 
     # ---------------------------------------------------------------- eval
@@ -170,7 +171,8 @@ def main(args):
     train, test = train.readable(), test.readable()
     num_broken = num_images - len(train) - len(test)
     if max(args.k) > len(train):
-        raise UserError(f"--k {max(args.k)}: only {len(train)} training images can be read")
+        raise UserError(f"--k {max(args.k)}: only {len(train)} training images can be read; choose at most "
+                        "that many")
     try:
         similarity, index = nearest_neighbours(train_features, features.to(args.device), max(args.k))
     except ValueError as error:

@@ -89,14 +89,14 @@ def check(args, train, held, test, world_size):
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min-scale {args.min_scale}: must be above 0 and at most 1")
     if len(args.lrs) * len(args.weight_decays) > 1 and not len(held):
-        raise UserError(f"--held-out {args.held_out}: holds out no image, and several --lrs or "
-                        "--weight-decays need some to choose by")
+        raise UserError(f"--held-out {args.held_out}: holds out no image to choose one of several --lrs or "
+                        "--weight-decays by; hold out more")
     if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size} processes")
     if args.batch_size > len(train):
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(train)} images to train on")
+        raise UserError(f"--batch-size {args.batch_size}: must be at most the {len(train)} training images")
     if world_size > min(len(test), len(held) or len(test)):
-        raise UserError("--data: has fewer images to evaluate than there are processes")
+        raise UserError("--data: has fewer images to evaluate than there are processes; use fewer")
 
 
 # ---------------------------------------------------------------- the frozen network
@@ -117,12 +117,12 @@ def build_reader(backbone, args):
     is_vit = isinstance(backbone, ViT)
     stages = [stage for stage in ("bn1", "layer1", "layer2", "layer3", "layer4") if hasattr(backbone, stage)]
     if args.mean_of_patches and not is_vit:
-        raise UserError("--mean-of-patches: this backbone is not a ViT, it has no patch tokens")
+        raise UserError("--mean-of-patches: this backbone is not a ViT; leave it out")
     if args.depths and "bn1" not in stages:
-        raise UserError("--depths: this backbone is not a ResNet, it has no stages")
+        raise UserError("--depths: this backbone is not a ResNet; leave it out")
     if is_vit:
         if args.n_last_blocks > len(backbone.blocks):
-            raise UserError(f"--n-last-blocks {args.n_last_blocks}: there are {len(backbone.blocks)}")
+            raise UserError(f"--n-last-blocks {args.n_last_blocks}: must be at most {len(backbone.blocks)}")
         return ["features"], lambda x: [backbone.features(x, args.n_last_blocks, args.mean_of_patches)]
     if not args.depths:
         return ["features"], lambda x: [backbone(x)]

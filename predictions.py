@@ -176,7 +176,7 @@ def _read_columns(path):
         with np.load(path) as file:
             return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:   # whatever a damaged or hostile file makes zipfile and numpy raise
-        raise UserError(f"--predictions {path}: cannot be read ({error})") from None
+        raise UserError(f"--predictions {path}: cannot be read ({error}); is it the right file?") from None
 
 
 def _to_array(cells):
@@ -214,7 +214,7 @@ def read_mapping(path, num_clusters, class_names):
         valid = len(set(matched)) == len(matched)
     if not valid:
         raise UserError(f"--map-from {path}: not a mapping of clusters to its {len(names)} classes, "
-                        "each one's at most once")
+                        "each one's at most once; take one that cluster_eval.py wrote")
     if len(mapping) != num_clusters:
         raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}; "
                         "take one of the same network")

@@ -95,7 +95,7 @@ def load_trained(path):
     state = published if published and verified else require_ours(content, verified, path)
     loss = state["config"].get("loss", "twist")
     if loss != "twist":
-        raise UserError(f"{path}: holds no classes, because its loss was {loss}, not twist")
+        raise UserError(f"{path}: holds no classes, because its loss was {loss}; use one of pretrain.py")
     return state
 
 
@@ -214,7 +214,7 @@ def read_published(content, path):
                 prefix = "module." * all(str(key).startswith("module.") for key in content["model"])
                 return networks | {"config": config | {"arch": arch}, "prefix": prefix}
     raise UserError(f"{path}: looks like a checkpoint of TWIST's released code, but its network is none of "
-                    f"{', '.join(ARCHS)}")
+                    f"{', '.join(ARCHS)}; use one of these")
 
 
 def _renamed(name):
@@ -294,7 +294,7 @@ def build_ours(config, weights, path, drop_path=0.0):
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         problem = str(error).splitlines()[0]
     if problem:
-        raise UserError(f"{path}: not a network of this project ({problem})")
+        raise UserError(f"{path}: not a network of this project ({problem}); use another file")
     network = build_network(config, drop_path)
     network.load_state_dict(weights)
     return network

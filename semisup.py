@@ -89,13 +89,14 @@ def check(args, train, held, test, world_size):
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min-scale {args.min_scale}: must be above 0 and at most 1")
     if args.held_out > 0 and not len(held):
-        raise UserError(f"--held-out {args.held_out}: holds out no image of {len(train)} labelled ones")
+        raise UserError(f"--held-out {args.held_out}: holds out none of {len(train)} labelled images; "
+                        "hold out more")
     if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world_size} processes")
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size} processes")
     if args.batch_size > len(train):
-        raise UserError(f"--batch-size {args.batch_size}: there are only {len(train)} images to train on")
+        raise UserError(f"--batch-size {args.batch_size}: must be at most the {len(train)} labelled images")
     if world_size > len(held or test):
-        raise UserError("--data: has fewer images to evaluate than there are processes")
+        raise UserError("--data: has fewer images to evaluate than there are processes; use fewer")
 
 
 # ---------------------------------------------------------------- which images have labels
@@ -116,7 +117,7 @@ def read_labels(path, dataset):
     try:
         lines = Path(path).read_text(errors="surrogateescape").split("\n")
     except OSError as error:
-        raise UserError(f"--labels {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"--labels {path}: cannot be read ({error.strerror}); is the path right?") from None
     indices_of, line_of = {}, {}                 # of a name, of an index
     for i in range(len(dataset)):
         indices_of.setdefault(name_of(dataset, i), []).append(i)
@@ -127,10 +128,10 @@ def read_labels(path, dataset):
                 if i in line_of:
                     raise ValueError(f"'{name_of(dataset, i)}' is there already, in line {line_of[i]}")
             except ValueError as error:
-                raise UserError(f"--labels {path}: line {number}: {error}") from None
+                raise UserError(f"--labels {path}: line {number}: {error}; correct or remove it") from None
             line_of[i] = number
     if not line_of:
-        raise UserError(f"--labels {path}: an empty list")
+        raise UserError(f"--labels {path}: an empty list; it needs an image a line")
     indices = torch.tensor(list(line_of))
     refuse_empty_classes(dataset, indices, f"--labels {path}")
     return indices
@@ -164,7 +165,7 @@ def refuse_empty_classes(dataset, indices, where):
     counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
     if 0 in counts:
         raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "
-                        f"{int((counts == 0).sum())} of {len(counts)} classes")
+                        f"{int((counts == 0).sum())} of {len(counts)} classes; label more images")
 
 
 def draw_labels(dataset, fraction, seed):

@@ -138,7 +138,7 @@ def main(args):
     y, test_y = (part.readable().labels.numpy() for part in parts)                # [N of the part, C]
     num_broken = len(parts[0]) + len(parts[1]) - len(x)
     if max(args.shots) > most_shots(y, rest):
-        raise UserError(f"--shots: at most {most_shots(y, rest)} of a class can be read")
+        raise UserError(f"--shots: must be at most {most_shots(y, rest)}, as many as can be read")
     gram = (x.double() @ x[:len(y)].double().T + 1).numpy()     # [all images, those of trainval]
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")

@@ -58,13 +58,13 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
     smallest = min(size, local_size) if num_local > 0 else size
     if smallest < patch_size(arch):
         raise UserError(f"--image-size, --local-size: {arch} has patches of {patch_size(arch)}, a crop "
-                        f"{smallest} pixels")
+                        f"{smallest} pixels; use larger crops")
     if num_local > 0 and len(recipe) < 3:
         raise UserError(f"--num-local {num_local}: --views {name} has no local crops; --views multicrop has")
     if min_scale > 1:
-        raise UserError(f"--min-scale {min_scale}: a crop is at most the whole picture, 1")
+        raise UserError(f"--min-scale {min_scale}: must be at most 1, the whole picture")
     if local_scale and not 0 < local_scale[0] <= local_scale[1] <= 1:
-        raise UserError("--local-scale: takes two shares of the area, above 0, in ascending order, at most 1")
+        raise UserError("--local-scale: must be two shares of the area, ascending, above 0 and at most 1")
     if local_scale and num_local == 0:
         raise UserError("--local-scale: there are no local crops; --num-local makes some")
     larger = {"scale": (min_scale, 1)} if min_scale else {}

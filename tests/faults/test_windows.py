@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from processes import ROOT, log_lines
 
 # What Windows does not have goes before anything of ours is imported; msvcrt is what it has instead.
@@ -74,3 +75,13 @@ def test_scripts_without_what_windows_lacks(tmp_path):
     assert "another run is using this folder" in done.stderr and done.stderr.count("\n") == 1
     assert log_lines(tmp_path / "run")[-1]["status"] == "done"
     assert json.loads((tmp_path / "run/metrics.json").read_text())["memory_mib"] == 0
+
+
+@pytest.mark.parametrize("script", ("pretrain.py", "cluster_eval.py"))
+def test_a_missing_package_is_one_line(script):
+    """As after `pip install torch torchvision` alone."""
+    code = f"import runpy, sys; sys.modules['scipy'] = None; runpy.run_path('{script}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert done.stderr == "error: scipy is not installed; pip install -r requirements.txt\n"

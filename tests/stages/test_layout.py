@@ -205,3 +205,17 @@ def test_only_the_four_packages_are_imported(script):
             names.add(node.module.split(".")[0])
     ours = {name.removesuffix(".py") for name in SOURCES}
     assert names <= PACKAGES | ALSO.get(script, set()) | ours | sys.stdlib_module_names
+
+
+def test_every_refusal_says_what_to_do():
+    """After a semicolon, as a question, or as the range that a value must be in."""
+    silent = []
+    for name, source in SOURCES.items():
+        for call in ast.walk(ast.parse(source)):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "UserError":
+                words = ast.unparse(call)
+                says = re.search(r"; |_hint_at_run|\?|: must be|give one of|needs ", words)
+                explains = re.search(r"\{(error|problem)\}'\)$|a readable picture", words)    # in that text
+                if not says and not explains:
+                    silent.append(f"{name}:{call.lineno}: {words}")
+    assert not silent, "\n".join(silent)
