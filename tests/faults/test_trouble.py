@@ -394,8 +394,8 @@ def test_fp16_resumes_with_its_scale(tmp_path):
     ("pretrain barlow", "--zero-init-residual --arch vit_t", "--zero-init-residual: vit_t is not a ResNet"),
     ("pretrain distill", "--small-images --arch vit_t", "--small-images: vit_t is not a ResNet; leave it"),
     ("pretrain barlow selflabel distill", "--optimizer lars --beta2 0.5", "lars has no second beta; leave"),
-    ("pretrain barlow distill", "--mean 127", "--mean: one number for all channels or three, of pixels"),
-    ("pretrain", "--std 57 57 57", "or three, of pixels from 0 to 1"),
+    ("pretrain barlow distill", "--mean 127", "--mean: must be one number for all channels or three"),
+    ("pretrain", "--std 57 57 57", "or three, from 0 to 1"),
     ("pretrain", "--data fashion_mnist", "nor a folder or list; did you mean fashion-mnist?")])
 def test_flags_without_effect_are_refused(stages, flags, message, tried, tmp_path):
     for stage in stages.split():

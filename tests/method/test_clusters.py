@@ -114,8 +114,8 @@ def test_clusters_of_any_backbone(here, network, bare, tmp_path):
 
 @pytest.mark.parametrize("flags, named", [
     ("{bare}", "--kmeans K clusters the features"), ("{barlow}", "--kmeans K clusters the features"),
-    ("{bare} --kmeans 513", "--kmeans 513: there are only 512 training images"),
-    ("{bare} --kmeans 5 --map-from a.json", "--map-from: not with --kmeans"),
+    ("{bare} --kmeans 513", "--kmeans 513: must be at most the 512 training images"),
+    ("{bare} --kmeans 5 --map-from a.json", "--map-from: --kmeans numbers its clusters anew"),
     ("{bare} --kmeans -1", "--kmeans: -1"), ("nowhere.pth", "nowhere.pth")])
 def test_a_network_without_classes_is_refused_with_a_remedy(here, network, bare, tmp_path, flags, named):
     state = torch.load(network, weights_only=True)

@@ -134,8 +134,8 @@ def test_lists(tmp_path):
     assert found(tmp_path / "both") == {"../p/a.jpg": "dog", "../p/c.png": "cat"}
     assert build_dataset(str(tmp_path / "both"), "test").labels.tolist() == [1]   # cat, dog
     for text, message in (
-            ("p/a.jpg\np/b.jpg\n", "line 2 names a missing file: .*p/b.jpg"),
-            ("p/a.jpg 0\nq/a.jpg 1\n", "line 2 names a missing file: .*q/a.jpg"),
+            ("p/a.jpg\np/b.jpg\n", "line 2 names a missing file, .*p/b.jpg"),
+            ("p/a.jpg 0\nq/a.jpg 1\n", "line 2 names a missing file, .*q/a.jpg"),
             ("p/a.jpg 0\n\np/c.png\n", "line 3 has no label, unlike the first"),
             ("p/a.jpg\np/c.png 1\n", "line 2 has a label, unlike the first"),
             ("\n", "an empty list")):
@@ -146,9 +146,9 @@ def test_lists(tmp_path):
 
 @pytest.mark.parametrize("path, message", [
     ("none", "'.*none' is neither a data set .fashion-mnist, .* nor a folder or list"),
-    ("empty", r"no pictures in this folder \(.jpg .*\); it has no files at all$"),
-    ("notes", r"no pictures in this folder \(.*\); it has 1 .txt$"),
-    ("phone", r"no pictures in this folder \(.*\); it has 2 .xyz, 1 without an ending, 1 .txt$")])
+    ("empty", r"no pictures in this folder \(.jpg .*\); it has no files at all; is the path right\?$"),
+    ("notes", r"no pictures in this folder \(.*\); it has 1 .txt; is the path right\?$"),
+    ("phone", r"no pictures in this folder \(.*\); it has 2 .xyz, 1 without an ending, 1 .txt; is the path right\?$")])
 def test_nothing_there_is_one_line(tmp_path, path, message):
     make(tmp_path, "notes/a.txt", "phone/cat/a.XYZ", "phone/cat/b.xyz", "phone/dog/a.txt", "phone/README",
          "sound/cat/a.jpg", "sound/dog/a.jpg")

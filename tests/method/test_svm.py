@@ -338,7 +338,7 @@ def test_broken_pictures_are_left_out(start, voc, tmp_path):
     rarest = np.flatnonzero(labels[:, (labels == 1).sum(0).argmin()] == 1)
     for i in rarest[:10]:
         (tmp_path / f"damaged/JPEGImages/trainval{i:03d}.jpg").write_bytes(b"")
-    assert "--shots: at most" in start(f"--data {tmp_path}/damaged --shots {most}", code=2)[1]
+    assert "--shots: must be at most" in start(f"--data {tmp_path}/damaged --shots {most}", code=2)[1]
 
 
 def test_a_training_runs_folder_and_a_broken_network_are_refused(start, network, tmp_path):

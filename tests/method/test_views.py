@@ -228,7 +228,7 @@ def test_min_scale_changes_the_global_crops_only():
     views = build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, min_scale=0.7)
     assert [view.scale for view, _, _ in views.groups] == [(0.7, 1), (0.7, 1), (0.05, 0.4)]
     assert VIEWS["multicrop"][0]["scale"] == (0.4, 1)
-    with pytest.raises(UserError, match="--min-scale 1.5: a crop is at most the whole picture"):
+    with pytest.raises(UserError, match="--min-scale 1.5: must be at most 1"):
         build_views("multicrop", (0.5,), (0.25,), 224, min_scale=1.5)
 
 
@@ -236,7 +236,7 @@ def test_local_scale_changes_the_local_crops_only():
     views = build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, local_scale=[0.1, 0.3])
     assert [view.scale for view, _, _ in views.groups] == [(0.4, 1), (0.4, 1), (0.1, 0.3)]
     for local_scale in ([0, 0.3], [0.3, 0.1], [0.3, 1.1]):
-        with pytest.raises(UserError, match="--local-scale: takes two shares"):
+        with pytest.raises(UserError, match="--local-scale: must be two shares"):
             build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, local_scale=local_scale)
     with pytest.raises(UserError, match="--local-scale: there are no local crops"):
         build_views("multicrop", (0.5,), (0.25,), 224, local_scale=[0.1, 0.3])

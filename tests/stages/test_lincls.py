@@ -379,7 +379,7 @@ def test_two_processes_on_cached_features(network, tmp_path, here):
 # ---------------------------------------------------------------- misuse
 @pytest.mark.parametrize("bad, code, names", [
     ("", 0, None), ("--held-out 0", 2, "--held-out 0"), ("--held-out 1", 2, "--held-out: 1"),
-    ("--lrs 0.1 nan", 2, "--lrs"), ("--batch-size 600", 2, "only 462 images"),
+    ("--lrs 0.1 nan", 2, "--lrs"), ("--batch-size 600", 2, "at most the 462 training"),
     ("--min-scale 0", 2, "min-scale"), ("--milestones 1 -1", 2, "--milestones"),
     ("--milestones 0.5", 2, "--milestones"), ("--jitter --cached", 2, "--cached"),
     ("--mean-of-patches", 2, "not a ViT"), ("--epochs 0", 2, "--epochs"),

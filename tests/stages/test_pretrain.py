@@ -175,7 +175,7 @@ def test_backbones_of_teacher_and_student(here, tmp_path):
     ("--lr nan", "argument --lr: nan: must be a number of at least 0"),
     ("--print-every 2.5", "argument --print-every: 2.5: must be a whole number"),
     ("--bunch-size 24", "bunch size 24"), ("--batch-size 1024", "the data set has only 512 images"),
-    ("--num-local 2 --views barlow", "num-local"), ("--mean 0.1 0.2", "--mean: one number"),
+    ("--num-local 2 --views barlow", "num-local"), ("--mean 0.1 0.2", "--mean: must be one number"),
     ("--arch mobilenet_v3_large --small-images", "mobilenet_v3_large"), ("--loss barlow", "--loss"),
     ("--bunch_sise 3", "--bunch-sise"), ("@recipes/none.txt", "recipes/none.txt")])
 def test_bad_input_is_one_line_and_code_2(bad, names, here, tmp_path):
@@ -292,7 +292,7 @@ def test_pictures_without_labels(pictures, tmp_path):
 @pytest.mark.parametrize("data, names", [
     ("sound", None), ("none", "'{root}/none' is neither a data set"), ("empty", "{root}/empty: no pictures"),
     ("notes", "{root}/notes: no pictures"),
-    ("gap.txt", "{root}/gap.txt: line 65 names a missing file: {root}/sound/train/dog.jpg")])
+    ("gap.txt", "{root}/gap.txt: line 65 names a missing file, {root}/sound/train/dog.jpg")])
 def test_bad_data_is_one_line_and_code_2(pictures, data, names, here, tmp_path):
     command = f"{ON_FILES} --epochs 1 --workers 0 --output-dir {tmp_path}/out --data {pictures}/{data}"
     _, err = here(f"pretrain.py {command}", code=2 if names else 0)

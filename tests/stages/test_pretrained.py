@@ -54,7 +54,7 @@ def test_flags_override_the_input_of_the_file(flags, found, said, network, capsy
 
 @pytest.mark.parametrize("flag", ["--mean", "--std"])
 def test_two_means_are_refused(flag, network):
-    with pytest.raises(UserError, match=f"^{flag}: one number for all channels or three, of"):
+    with pytest.raises(UserError, match=f"^{flag}: must be one number for all channels or three"):
         choose_input(load_checkpoint(network)["config"], args_of(f"--checkpoint {network} {flag} 0.5 0.5"))
 
 

@@ -256,7 +256,7 @@ def test_two_processes_train_and_three_evaluate(network, tmp_path, here):
     ("--labels none.txt", 2, "not allowed with"), ("--lr -1", 2, "--lr"),
     ("--label-fraction 0", 2, "--label-fraction 0.0"),
     ("--label-fraction 2", 2, "--label-fraction 2.0"), ("--held-out 1", 2, "--held-out: 1"),
-    ("--held-out 0.01", 2, "holds out no image"), ("--batch-size 129", 2, "only 128 images"),
+    ("--held-out 0.01", 2, "holds out none"), ("--batch-size 129", 2, "at most the 128 labelled"),
     ("--key teacher", 2, "has no 'teacher'"), ("--lr 1e30", 3, "is not finite (lr")])
 def test_bad_input_is_one_line(network, bad, code, names, tmp_path, here):
     _, err = here(f"{small(network, tmp_path / 'out')} --epochs 1 {bad}", code)

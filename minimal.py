@@ -1,0 +1,126 @@
+"""TWIST in one file: a small network sorts 60,000 pictures of clothing into ten classes, without labels.
+
+    python minimal.py
+
+After about 5 minutes on two CPU cores the ten classes are matched with the true ones, and drawn.
+`pretrain.py` is the same for real use: other data and networks, several GPUs, checkpoints.
+"""
+
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.utils import save_image
+
+DATA = Path(__file__).parent / "datasets/fashion-mnist"
+CLASSES, BATCH, STEPS, WARMUP, LR = 10, 128, 624, 47, 1e-3
+
+
+def read(name):
+    """Images [N, 1, 28, 28] from 0 to 1, and labels [N], which are for the score only."""
+    images, labels = (np.frombuffer(gzip.decompress((DATA / f"{name}-{file}.gz").read_bytes()), np.uint8)
+                      for file in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    return torch.tensor(images[16:]).view(-1, 1, 28, 28) / 255, labels[8:].astype(int)
+
+
+def random_view(x):
+    """Another look at each image [B, 1, 28, 28]: cropped, mirrored, other light; an input [B, 3, 20, 20]."""
+    def uniform(low, high):
+        return torch.empty(len(x)).uniform_(low, high)
+
+    area, ratio = uniform(0.55, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)      # shares of the image
+    left, top, mirror = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h), uniform(-1, 1).sign()
+    zero = torch.zeros(len(x))
+    crop = torch.stack([w * mirror, zero, left, zero, h, top], 1).view(-1, 2, 3)
+    grid = F.affine_grid(crop, [len(x), 1, 20, 20], align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)
+    brightness, contrast = (torch.where(uniform(0, 1) < 0.8, uniform(0.2, 1.8), 1).view(-1, 1, 1, 1)
+                            for _ in range(2))
+    x = (x * brightness).clamp(0, 1)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return to_input((mean + (x - mean) * contrast).clamp(0, 1))
+
+
+def to_input(x):
+    """Pixels from 0 to 1 [B, 1, h, w] -> what the network takes, in three channels as of colours."""
+    return ((x - 0.286) / 0.353).expand(-1, 3, -1, -1)
+
+
+def block(inputs, outputs, stride):
+    shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return BasicBlock(inputs, outputs, stride, shortcut if stride > 1 else None)
+
+
+def build_network():
+    """A small ResNet and a head of three layers: inputs [B, 3, h, w] -> logits [B, CLASSES]."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        block(32, 32, 1), block(32, 64, 2), block(64, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(),
+        nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
+        nn.Linear(512, CLASSES),
+        nn.BatchNorm1d(CLASSES, affine=False))       # NBS: no class can win for all images, or for none
+
+
+def twist_loss(z1, z2):
+    """Equations 2 to 5 of the paper, for the logits [B, C] of two views of each image."""
+    p, q = z1.softmax(1), z2.softmax(1)                                   # class distributions
+    log_p, log_q = (p + 1e-5).log(), (q + 1e-5).log()
+    m, n = p.mean(0), q.mean(0)                                           # [C], of the batch
+    consistency = (p * (log_p - log_q) + q * (log_q - log_p)).sum(1).mean() / 2      # KL(p|q) + KL(q|p)
+    sharpness = -(p * log_p + q * log_q).sum(1).mean() / 2                # entropy of an image: low
+    diversity = -(m * (m + 1e-5).log() + n * (n + 1e-5).log()).sum() / 2  # entropy of the batch: high
+    return consistency + sharpness - diversity
+
+
+def train(images, seed, steps=STEPS):
+    """(loss, network); the loss is the mean of the last 100 steps."""
+    torch.manual_seed(seed)
+    network, losses = build_network(), []
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        if step < WARMUP:
+            lr = LR * step / WARMUP
+        else:
+            lr = LR * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP))) / 2
+        optimizer.param_groups[0]["lr"] = lr
+        x = images[torch.randint(len(images), (BATCH,))]
+        z1, z2 = network(torch.cat([random_view(x), random_view(x)])).chunk(2)
+        loss = twist_loss(z1, z2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 104 == 0:
+            print(f"network {seed}, step {step + 1} of {steps}: loss {np.mean(losses[-100:]):.3f}")
+    return np.mean(losses[-100:]), network
+
+
+@torch.no_grad()
+def evaluate(network, images, labels, picture):
+    """Accuracy after matching each class with a true one (Hungarian algorithm). Draws the classes, too."""
+    network.eval()                                   # batch norms use the statistics of the training now
+    inputs = to_input(F.interpolate(images, (20, 20), mode="bilinear", antialias=True))
+    p = torch.cat([network(x).softmax(1) for x in inputs.split(1000)])                    # [N, CLASSES]
+    counts = np.zeros((CLASSES, CLASSES), int)
+    np.add.at(counts, (p.argmax(1).numpy(), labels), 1)
+    found, true = linear_sum_assignment(counts, maximize=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images[p.topk(16, 0).indices.T.flatten()], picture, nrow=16)      # a row for each class
+    return counts[found, true].sum() / len(labels)
+
+
+if __name__ == "__main__":
+    images, _ = read("train")
+    results = [train(images, seed) for seed in range(3)]
+    loss, network = min(results, key=lambda result: result[0])       # a poor start has a higher loss
+    picture = Path("runs/minimal/classes.png")
+    accuracy = evaluate(network, *read("t10k"), picture)
+    print(f"the network with the lowest loss, {loss:.3f}: accuracy {accuracy:.3f}; its classes: {picture}")
