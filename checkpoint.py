@@ -42,8 +42,10 @@ def _write(stream, text):
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:      # the reader has left (`| head -1`): from now on nothing is shown
+    except OSError as error:     # what is left in the buffer would fail once more when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):       # the reader has left (`| head -1`): no mistake
+            raise
 
 
 def printable(name):

@@ -134,9 +134,9 @@ def launch(main, parser, argv=None):
     atexit.register(to_stdout, "", end="")       # else what is left for a closed pipe ends in a traceback
     sources = [vars(args)[name] for name in ("checkpoint", "teacher", "predictions", "data") if name in args]
     sources = " and ".join(filter(None, sources))
-    if sources and os.environ.get("RANK", "0") == "0":            # reading may take minutes
-        to_stdout(f"{parser.prog}: reading {sources}")
     try:
+        if sources and os.environ.get("RANK", "0") == "0":        # reading may take minutes
+            to_stdout(f"{parser.prog}: reading {sources}")
         sys.exit(main(args))
     except KeyboardInterrupt:
         sys.exit(130)
