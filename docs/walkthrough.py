@@ -39,7 +39,7 @@ from optim import param_groups, warmup_cosine
 from pictures import sharpest_with_nbs
 from views import build_views
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                   # two are faster, if nothing else runs
 plt.rcParams.update({"figure.dpi": 64, "font.size": 9, "figure.constrained_layout.use": True})
 
 # %% [markdown]
@@ -213,7 +213,7 @@ plt.show()
 # ## 6. One epoch of training
 #
 # The network is a small ResNet with a projection head and NBS. Training is 468 steps with 128 images each,
-# which takes a minute or two. (`pretrain.py` trains for 1,872 steps, starts three networks and keeps the
+# about two minutes of one CPU core. (`pretrain.py` trains for 1,872 steps, starts three networks and keeps the
 # best.) After each quarter, `look` shows for each class the ten test images that the network is surest of.
 # Names and scores use the true labels; the training never sees them.
 

@@ -14,8 +14,8 @@ import make_walkthrough  # noqa: E402
 
 NOTEBOOK = json.loads((ROOT / "walkthrough.ipynb").read_text(encoding="utf-8"))
 NUMBER = re.compile(r"-?\d+\.?\d*")
-# A number may differ by 0.002: another machine rounds otherwise. After a training by 0.2: rounding decides which
-# classes are found. Above 2 the limit is this share of half the number.
+# Another machine rounds otherwise, so a number may differ by 0.002. After a training it may differ by 0.2
+# because rounding decides which classes are found. Above 2 the limit is this share of half the number.
 TOLERANCE = {False: 0.002, True: 0.2}
 
 
