@@ -1,6 +1,6 @@
 """Makes walkthrough.ipynb at the top level from docs/walkthrough.py: runs its cells and stores the outputs.
 
-    python docs/make_walkthrough.py            about MINUTES on two slow cores
+    python docs/make_walkthrough.py            about 3 minutes of one slow core
 
 Edit docs/walkthrough.py, not the notebook. A cell begins with `# %%`; `# %% [markdown]` has text behind `# `.
 """
