@@ -73,8 +73,8 @@ print(f"ln 4 = {np.log(4):.3f}")
 # %% [markdown]
 # ## 2. The loss, from its formula
 #
-# Two random views of the same image show the same thing. So their distributions should agree. How far they
-# are apart is the Kullback-Leibler divergence:
+# Two random views of an image show the same thing, so their distributions should agree. The Kullback-Leibler
+# divergence measures how far they are apart:
 #
 # $$KL(P \| Q) = \sum_c P_c \left( \ln P_c - \ln Q_c \right)$$
 #
@@ -133,9 +133,10 @@ plt.show()
 # %% [markdown]
 # ## 4. NBS
 #
-# Something else is wrong with the loss alone. Multiply all logits by 10: the classes stay the same, but the
-# outputs get sharper and the loss falls. A network would only learn to shout. TWIST puts a batch norm
-# without scale and shift before the softmax. Each class $c$ gets mean 0 and variance 1 over the batch:
+# The loss alone has another weakness. Multiply all logits by 10: the classes stay the same, but the outputs
+# get sharper and, where the views agree, the loss falls. So larger weights would lower it, and nothing is
+# learnt. TWIST puts a batch norm without scale and shift before the softmax. Each class $c$ gets mean 0 and
+# variance 1 over the batch:
 #
 # $$\hat z_{ic} = \frac{z_{ic} - \mu_c}{\sigma_c} \qquad \mu_c = \tfrac1B \sum_i z_{ic}
 # \qquad \sigma_c^2 = \tfrac1B \sum_i (z_{ic} - \mu_c)^2$$
@@ -274,9 +275,9 @@ print("last ten steps: loss {:.2f}, consistency {:.2f}, sharpness {:.2f}, divers
     *np.mean(history[-10:], axis=0)))
 
 # %% [markdown]
-# The loss is far below 0, so nothing collapsed, and most classes have a name. Look at the tops, too: coats,
-# pullovers and shirts are often sorted by brightness more than by kind. No one said that brightness does not
-# matter. ACC counts this as mistakes. Is it one?
+# The loss is far below 0, so nothing collapsed, and for most classes the name is right. Look at the tops,
+# too: coats, pullovers and shirts are often sorted by brightness more than by kind, although the views
+# change the brightness. ACC counts these as mistakes.
 #
 # ## 7. Matching and the metrics, by hand
 #
@@ -302,8 +303,8 @@ print(f"ACC = {acc:.4f}; if each cluster took its most frequent class: {n.max(1)
 
 # %% [markdown]
 # The second number ignores that two clusters took the same class. It reaches 1 if every image is a cluster
-# of its own, so it says little. NMI needs no matching. It asks how much the cluster $U$ tells about the
-# class $Y$, as a share of what there is to tell:
+# of its own, so it rewards many clusters. NMI needs no matching. It asks how much the cluster $U$ tells
+# about the class $Y$, as a share of what there is to tell:
 #
 # $$\mathrm{NMI} = \frac{2\, I(U; Y)}{H(U) + H(Y)} \qquad I(U; Y) = H(U) + H(Y) - H(U, Y)$$
 
