@@ -106,6 +106,6 @@ def test_a_fresh_kernel_makes_the_same_outputs_and_the_answers_run():
                  if old["cell_type"] == "code"]
     assert not list(filter(None, different)), different
     diversity = re.findall(r"sharpness (.*), diversity (.*)", printed(cells[number]))
-    one_class, uniform, with_nbs, uniform_with_nbs = (tuple(map(float, row)) for row in diversity)
+    one_class, with_nbs, uniform, uniform_with_nbs = (tuple(map(float, row)) for row in diversity)
     assert one_class[1] < 1.5 and with_nbs[1] > 2.2
     assert uniform[0] > 2.2 and uniform_with_nbs[0] > 2.2
