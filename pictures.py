@@ -56,10 +56,7 @@ def _plot_curves(figure, entries, config):
         classes = min(config["num_classes"], config["batch_size"])
         left.axhline(math.log(classes), color="0.6", linewidth=1, label=f"ln {classes}, the greatest entropy")
         left.set(ylim=(0, None))
-        lowest, why = -config["beta"] * math.log(classes), "lower bound"
-        if config.get("nbs") and config["num_classes"] <= config["batch_size"]:
-            lowest += config["alpha"] * sharpest_with_nbs(classes)
-            why = f"{classes} balanced classes, as sharp as NBS allows"
+        lowest, why = loss_bound(config)
         right.axhline(lowest, color="0.6", linewidth=1, label=why)
         title = f"consistency + {config['alpha']:g} · sharpness − {config['beta']:g} · diversity"
     else:
@@ -84,6 +81,16 @@ def _plot_curves(figure, entries, config):
     figure.suptitle(headline, fontsize=10)
     for axes, shown in ((left, left.get_lines()), (right, lines)):
         axes.legend(handles=shown, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def loss_bound(config):
+    """(the least loss of a run of TWIST, what it is); config: of the run."""
+    classes = min(config["num_classes"], config["batch_size"])
+    lowest = -config["beta"] * math.log(classes)
+    if not config.get("nbs") or config["num_classes"] > config["batch_size"]:
+        return lowest, "lower bound"
+    lowest += config["alpha"] * sharpest_with_nbs(classes)
+    return lowest, f"{classes} balanced classes, as sharp as NBS allows"
 
 
 def sharpest_with_nbs(num_classes):
