@@ -207,9 +207,10 @@ class Pictures:
             self.images = build_dataset(metrics["data"], metrics["split"], config.get("seed", 0),
                                         data_dir or config.get("data_dir") or "datasets", **options).images
         except UserError as error:
-            self.problem = str(error)
+            self.problem = f"Pictures are missing: {error}"
         if self.images is not None and len(self.images) != metrics["num_images"]:
-            self.images, self.problem = None, f"{metrics['data']} has another number of images now"
+            self.images = None
+            self.problem = f"Pictures are missing: {metrics['data']} has another number of images now"
 
     def name(self, index):
         return f"image {index}" if self.files is None else printable(Path(self.files[index]).name)
@@ -221,7 +222,7 @@ class Pictures:
         try:
             image = self.images[index] if self.files is None else read_picture(self.files[index])
         except UserError as error:
-            self.problem = self.problem or str(error)
+            self.problem = self.problem or f"Pictures are missing: {error}"
             return None
         small = self.files is None and image.shape[-1] <= SIDE
         return data_uri(image if small else CentreCrops([image], SIDE)[0])
