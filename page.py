@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 # ---------------------------------------------------------------- HTML
 def clean(text):
     """A text with what cannot be printed as escapes, as invalid UTF-8 in a file name; lines stay lines."""
-    return "".join(c if c in "\n\u00a0" else printable(c) for c in str(text))
+    return re.sub(r"[^\n\u00a0]+", lambda found: printable(found[0]), str(text))
 
 
 class Html(str):
@@ -69,9 +69,11 @@ def table(caption, heads, rows, class_=None):
     heads = [tag("th", tag("button", tag("span", head), type="button"), scope="col") for head in heads]
     body = []
     for first, *cells in rows:
-        cells = [cell if isinstance(cell, tuple) else (cell, None, None) for cell in cells]
-        body.append(tag("tr", tag("th", first, scope="row"),
-                        [tag("td", text, class_=kind, data_value=value) for text, kind, value in cells]))
+        row = [tag("th", first, scope="row")]
+        for cell in cells:
+            text, kind, value = cell if isinstance(cell, tuple) else (cell, None, None)
+            row.append(tag("td", text, class_=kind, data_value=value))
+        body.append(tag("tr", row))
     whole = tag("table", tag("caption", caption), tag("thead", tag("tr", heads)), tag("tbody", body),
                 class_=class_)
     return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
@@ -112,12 +114,14 @@ def curves(title, lines, bounds=(), log=False):
     """
     width, height, left, right, top, bottom = 480, 240, 46, 12, 10, 26
     scale, sound = math.log10 if log else float, {}
+    ys = [scale(y) for y, _ in bounds]
     for name, points in lines.items():
         points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
         if points:
             sound[name] = [*points[:-1:len(points) // 400 + 1], points[-1]]       # more than pixels is no use
+            ys += [scale(y) for _, y in sound[name]]
     last = max((points[-1][0] for points in sound.values()), default=1)
-    ys = [scale(y) for points in [*sound.values(), [(0, y) for y, _ in bounds]] for _, y in points] or [0]
+    ys = ys or [0]
     margin = 0.04 * (max(ys) - min(ys)) or 0.5
     y0, y1 = min(ys) - margin, max(ys) + margin
 

@@ -74,7 +74,7 @@ def main_numbers(run):
     """The scores that one looks for first, as a list of terms."""
     scores = {}
     for evaluation in filter(None, map(run.first, EVALUATIONS)):
-        scores |= {name: value for name, value, _ in evaluation.scores()}
+        scores |= evaluation.values()
     wanted = {"ACC": "ACC", "NMI": "NMI", "20-NN, top 1": "20-NN"}
     wanted |= {name: name.split(",")[0] for name in scores if re.match("(linear|fine-tuned).*top 1$", name)}
     terms = {short: f"{scores[name]:.3f}" for name, short in wanted.items() if name in scores}
@@ -88,7 +88,7 @@ def findings(run):
     """What the network found: a paragraph."""
     metrics = run.need("cluster_eval").metrics
     clusters, count = metrics["clusters"], metrics["num_clusters"]
-    who = "k-means on the network's features" if "kmeans" in metrics else "The network"
+    who = "k-means on its features" if "kmeans" in metrics else "The network"
     used = "" if len(clusters) == count else f", of which it uses {len(clusters):,}"
     said = (f"{who} sorted {metrics['num_images']:,} images of {metrics['data']} ({metrics['split']} part) "
             f"into {count:,} classes{used}. ")
@@ -116,7 +116,7 @@ def health(run):
     if status != "done":
         said = [join(tag("strong", "Not finished"), f": step {last['step']} of {total}, {status}.")]
     if "collapsed" in last:
-        why = COLLAPSES.get(last["collapsed"], "the network tells images no longer apart")
+        why = COLLAPSES.get(last["collapsed"], "the network no longer tells images apart")
         said.append(join(tag("strong", f"Collapsed ({last['collapsed']})"), f": {why}. Do not use it."))
     else:
         said.append(tag("strong", "Not collapsed."))
@@ -299,15 +299,17 @@ def compared(runs):
     """A table of scores with a row for each run."""
     logged = set().union(*(run.last for run in runs))
     keys = [key for key in ("step", "loss", "mi_ratio", "classes", *MONITORS) if key in logged]
-    scores = []
+    scores, names = [], {}
     for run in runs:
-        scores.append({name: value for found in run.evaluations for name, value, _ in found.scores()})
-    names = list(dict.fromkeys(name for found in scores for name in found))
+        scores.append({})
+        for evaluation in run.evaluations:
+            scores[-1] |= evaluation.values()
+        names |= scores[-1]
     rows = []
     for run, found in zip(runs, scores, strict=True):
-        rows.append([str(run.folder), *(number(value) for value in map(run.last.get, keys)),
-                     *map(number, map(found.get, names))])
-    heads = [f"{MONITORS[key]} in training" if key in MONITORS else key for key in keys]
+        rows.append([str(run.folder), *map(number, map(run.last.get, keys)), *map(number, map(found.get, names))])
+    watched = {key: f"{name} in training" for key, name in MONITORS.items()}
+    heads = [watched.get(key, key) for key in keys]
     return table("Scores of the runs", ["run", *heads, *names], rows)
 
 

@@ -42,29 +42,39 @@ class Evaluation(NamedTuple):
     metrics: dict
 
     def scores(self):
-        """Rows (name, value, number of images or None)."""
-        metrics, script = self.metrics, self.script
-        if script == "cluster_eval":
+        """Yields rows (name, value, number of images or None)."""
+        metrics = self.metrics
+        if self.script == "cluster_eval":
             of_kmeans = f"k-means, K = {metrics['num_clusters']}: " if "kmeans" in metrics else ""
-            sets = {of_kmeans: metrics, "k-means on pixels: ": metrics.get("pixel_kmeans") or {}}
-            return [(before + name, scores[key], metrics["num_images"]) for before, scores in sets.items()
-                    for key, name in CLUSTER_SCORES.items() if scores.get(key) is not None]
-        if script == "knn":
-            return [(f"{k}-NN, top {top}", value, metrics["num_test"]) for top in (1, 5)
-                    for k, value in metrics[f"top{top}"].items()]
-        if script == "lincls":
-            return [(f"linear, {found['features']}, top {top}", found[f"test_top{top}"], metrics["num_test"])
-                    for found in metrics["results"] for top in (1, 5)]
-        if script == "semisup":
+            for before, found in ((of_kmeans, metrics), ("k-means on pixels: ", metrics.get("pixel_kmeans"))):
+                for key, name in CLUSTER_SCORES.items():
+                    if found and found.get(key) is not None:
+                        yield before + name, found[key], metrics["num_images"]
+        elif self.script == "knn":
+            for top in (1, 5):
+                for k, value in metrics[f"top{top}"].items():
+                    yield f"{k}-NN, top {top}", value, metrics["num_test"]
+        elif self.script == "lincls":
+            for found in metrics["results"]:
+                for top in (1, 5):
+                    yield f"linear, {found['features']}, top {top}", found[f"test_top{top}"], metrics["num_test"]
+        elif self.script == "semisup":
             part = "test" if "test_top1" in metrics else "held_out"
             start = "from scratch" if metrics["random_init"] else "fine-tuned"
             name = f"{start} on {metrics['num_train']:,} labels, {part.replace('_', '-')} images"
-            return [(f"{name}, top {top}", metrics[f"{part}_top{top}"], metrics[f"num_{part}"])
-                    for top in (1, 5)]
-        if script == "svm":
-            return [(f"SVM, {k} images a class, mAP", found["map"], None)
-                    for k, found in metrics["shots"].items()]
-        return [(name, value, None) for name, value in metrics.items() if type(value) is float]
+            for top in (1, 5):
+                yield f"{name}, top {top}", metrics[f"{part}_top{top}"], metrics[f"num_{part}"]
+        elif self.script == "svm":
+            for k, found in metrics["shots"].items():
+                yield f"SVM, {k} images a class, mAP", found["map"], None
+        else:
+            for name, value in metrics.items():
+                if isinstance(value, float):
+                    yield name, value, None
+
+    def values(self):
+        """{name: value} of the scores."""
+        return {name: value for name, value, _ in self.scores()}
 
 
 class Results(NamedTuple):

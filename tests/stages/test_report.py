@@ -435,7 +435,7 @@ def test_scores_of_svms_and_of_unknown_evaluations(tmp_path):
     svm = Evaluation(tmp_path, "svm", {"shots": {"1": {"map": 0.5}, "8": {"map": 0.7}}})
     assert [value for _, value, _ in svm.scores()] == [0.5, 0.7]
     other = Evaluation(tmp_path, "other", {"top": 0.25, "name": "x", "count": 3})
-    assert other.scores() == [("top", 0.25, None)]
+    assert other.values() == {"top": 0.25}
 
 
 def test_the_embedded_networks_file_makes_a_run(tmp_path):
