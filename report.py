@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import re
-import shlex
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -30,7 +29,8 @@ from results import EVALUATIONS, Absent, Pictures, read_assignments, read_embedd
 
 IN_MAP, DOTS, MOST_CLASSES, MOST_IN_MATRIX = 200, 4000, 40, 25   # so that a page has a few MB at most
 DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, zipfile.BadZipFile)
-MONITORS = {"knn_monitor": "20-NN", "acc_monitor": "ACC", "nmi_monitor": "NMI"}
+MONITORS = {"knn_monitor": "20-NN in training", "acc_monitor": "ACC in training",
+            "nmi_monitor": "NMI in training"}
 PANELS = {"Loss": ("loss",), "Terms of the loss": ("consistency", "sharpness", "diversity"),
           "Terms of the loss of Barlow Twins": ("invariance", "redundancy"),
           "Classes in use in a batch": ("classes",), "Scores of held-out images": tuple(MONITORS)}
@@ -88,7 +88,7 @@ def findings(run):
     """What the network found: a paragraph."""
     metrics = run.need("cluster_eval").metrics
     clusters, count = metrics["clusters"], metrics["num_clusters"]
-    who = "k-means on its features" if "kmeans" in metrics else "The network"
+    who = "k-means on the network's features" if "kmeans" in metrics else "The network"
     used = "" if len(clusters) == count else f", of which it uses {len(clusters):,}"
     said = (f"{who} sorted {metrics['num_images']:,} images of {metrics['data']} ({metrics['split']} part) "
             f"into {count:,} classes{used}. ")
@@ -106,10 +106,9 @@ def findings(run):
 
 def health(run):
     """Whether the training went well: a list of sentences."""
-    last, config, folder = run.last, run.config, shlex.quote(str(run.folder))
+    last, config = run.last, run.config
     if not run.entries:
-        raise Absent("log.jsonl, which tells how the training went",
-                     f"python {config.get('stage', 'pretrain')}.py --output-dir {folder} --overwrite")
+        raise Absent("log.jsonl, which tells how the training went", run.training_command())
     total = next((line["config"].get("total_steps") for line in run.lines if "config" in line), "?")
     status = next((line["status"] for line in reversed(run.lines) if "status" in line), "no end in the log")
     said = [f"The training is finished: {last['step']:,} steps."]
@@ -287,12 +286,12 @@ def evaluations(run):
 
 def settings(run):
     """The commands to repeat it, and the configuration."""
-    commands = [line["command"] for line in run.lines if "command" in line][:1]
+    commands = [run.training_command()]
     commands += [run.command(evaluation.script, evaluation) for evaluation in run.evaluations
                  if evaluation.script in EVALUATIONS]
     rows = [[name, json.dumps(value)] for name, value in sorted(run.config.items())]
-    everything = tag("summary", f"All {len(rows)} settings"), table("Settings", ["name", "value"], rows)
-    return tag("pre", "\n".join(commands), tabindex=0), tag("details", *everything)
+    return tag("pre", "\n".join(commands), tabindex=0), tag(
+        "details", tag("summary", f"All {len(rows)} settings"), table("Settings", ["name", "value"], rows))
 
 
 def compared(runs):
@@ -307,10 +306,9 @@ def compared(runs):
         names |= scores[-1]
     rows = []
     for run, found in zip(runs, scores, strict=True):
-        rows.append([str(run.folder), *map(number, map(run.last.get, keys)), *map(number, map(found.get, names))])
-    watched = {key: f"{name} in training" for key, name in MONITORS.items()}
-    heads = [watched.get(key, key) for key in keys]
-    return table("Scores of the runs", ["run", *heads, *names], rows)
+        values = [*map(run.last.get, keys), *map(found.get, names)]
+        rows.append([str(run.folder), *map(number, values)])
+    return table("Scores of the runs", ["run", *(MONITORS.get(key, key) for key in keys), *names], rows)
 
 
 def differences(runs):

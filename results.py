@@ -57,7 +57,8 @@ class Evaluation(NamedTuple):
         elif self.script == "lincls":
             for found in metrics["results"]:
                 for top in (1, 5):
-                    yield f"linear, {found['features']}, top {top}", found[f"test_top{top}"], metrics["num_test"]
+                    name = f"linear, {found['features']}, top {top}"
+                    yield name, found[f"test_top{top}"], metrics["num_test"]
         elif self.script == "semisup":
             part = "test" if "test_top1" in metrics else "held_out"
             start = "from scratch" if metrics["random_init"] else "fine-tuned"
@@ -99,6 +100,12 @@ class Results(NamedTuple):
         if evaluation is None:
             raise Absent(EVALUATIONS[script][2], self.command(script))
         return evaluation
+
+    def training_command(self):
+        """The command of the run, as its log has it, else without the flags."""
+        stage, folder = self.config.get("stage", "pretrain"), shlex.quote(str(self.folder))
+        usual = f"python {stage}.py --output-dir {folder}"
+        return next((line["command"] for line in self.lines if "command" in line), usual)
 
     def command(self, script, evaluation=None):
         """The command of an evaluation, with the flags that its files tell; of none, the usual one."""

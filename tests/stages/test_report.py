@@ -89,7 +89,8 @@ def trained(tmp_path_factory):
     run("pretrain.py --data fake --image-size 16 --batch-size 40 --epochs 6 --hidden-dim 32 --restarts 1 "
         f"--knn-every 3 --device cpu --output-dir {out}")
     evaluate(out, cluster_flags="--pixel-kmeans", more=(
-        f"knn.py --k 5 20 --output-dir {out}/knn", f"lincls.py --epochs 1 --lrs 0.3 --output-dir {out}/linear",
+        f"knn.py --k 5 20 --output-dir {out}/knn",
+        f"lincls.py --epochs 1 --lrs 0.3 --output-dir {out}/linear",
         f"semisup.py --epochs 1 --label-fraction 0.5 --output-dir {out}/few"))
     return out
 
@@ -163,7 +164,7 @@ def test_numbers_are_those_of_the_files(report, trained):
     assert "is finished: 72 steps" in page.texts["trust"] and f"{last['mi']:.2f} nats" in page.texts["trust"]
     assert f"{100 * last['mi_ratio']:.1f} % of ln 10 = 2.30" in page.texts["trust"]
     watched = [entry["knn_monitor"] for entry in losses(trained) if "knn_monitor" in entry]
-    for name, a, b in (("sharpness", first["sharpness"], last["sharpness"]), ("20-NN", *watched)):
+    for name, a, b in (("sharpness", first["sharpness"], last["sharpness"]), ("20-NN in training", *watched)):
         assert f"{name}: {a:.4g} → {b:.4g}" in page.texts["training"]
     command = f"--output-dir {trained}\n"
     assert command in page.texts["settings"] and "python knn.py --checkpoint" in page.texts["settings"]
