@@ -56,8 +56,8 @@ def section(heading, build, *args):
     try:
         return heading, build(*args)
     except Absent as absent:
-        what, command = absent.args
-        return heading, [note(f"Not here: {what}. This command makes it:"), tag("pre", command, tabindex=0)]
+        return heading, [note("Not here: {}. This makes it:".format(*absent.args)),
+                         tag("pre", absent.args[1], tabindex=0)]
     except DAMAGE as error:
         said = f"{heading}: left out, a file is damaged ({type(error).__name__}: {error}); evaluate again"
         to_stderr(f"warning: {clean(said)}")
@@ -78,8 +78,7 @@ def main_numbers(run):
     wanted = {"ACC": "ACC", "NMI": "NMI", "20-NN, top 1": "20-NN"}
     wanted |= {name: name.split(",")[0] for name in scores if re.match("(linear|fine-tuned).*top 1$", name)}
     terms = {short: f"{scores[name]:.3f}" for name, short in wanted.items() if name in scores}
-    if run.entries:
-        terms["steps"] = f"{run.last['step']:,}"
+    terms |= {"steps": f"{run.last['step']:,}"} if run.entries else {}
     terms |= {name: run.config[name] for name in ("arch", "data") if run.config.get(name)}
     return tag("dl", [tag("div", tag("dt", name), tag("dd", value)) for name, value in terms.items()])
 
@@ -216,8 +215,8 @@ def feature_map(run, args):
     across, upwards = map(percent, shares.tolist())
     said = (f"A dot is an image; here are {len(drawn):,} of {len(points):,}. The axes are the first two "
             f"principal components of the features: {across} of the variance across, {upwards} upwards.")
-    drawing = point_map(points[drawn].numpy(), groups[drawn], names, said, marks)
-    return tag("p", said), note(pictures.problem), drawing
+    return tag("p", said), note(pictures.problem), point_map(points[drawn].numpy(), groups[drawn], names,
+                                                             said, marks)
 
 
 def neighbours(run, args):
@@ -324,7 +323,7 @@ def differences(runs):
 def main(args):
     runs = [read_results(folder) for folder in args.folders]
     run, name = runs[0], "report.html" if len(runs) == 1 else "comparison.html"
-    path = Path(args.output) if args.output else run.folder / name
+    path = Path(args.output or run.folder / name)
     if path.suffix != ".html":
         raise UserError(f"--output {path}: is not an .html file; name one")
     if len(runs) > 1:
