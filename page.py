@@ -133,7 +133,7 @@ def curves(title, lines, bounds=(), log=False):
 
     drawn, legend = [], []
     for y in ticks(y0, y1):
-        text = f"{10 ** y if log else y:.3g}"
+        text = f"{10 ** y if log else y:.4g}"
         drawn += [tag("path", class_="grid", d=f"M{left} {down(y):.1f}H{width - right}"),
                   tag("text", text, x=left - 6, y=f"{down(y) + 4:.1f}", text_anchor="end")]
     for x in ticks(0, last):
