@@ -7,17 +7,23 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/installed
 endif
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow test-report lint
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) pretrain.py --output-dir runs/demo
 	$(PYTHON) cluster_eval.py --checkpoint runs/demo/checkpoint.pth --output-dir runs/demo/classes --pixel-kmeans
+	$(PYTHON) embed.py --checkpoint runs/demo/checkpoint.pth --output-dir runs/demo/features
+	$(PYTHON) report.py runs/demo
 
 test: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not browser"
 
 test-slow: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m slow
+
+# The page of report.py in a browser, if Chromium is installed.
+test-report: $(ENVIRONMENT)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs -m browser
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

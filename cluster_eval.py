@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 
-from checkpoint import UserError, read_file, write_atomically
+from checkpoint import UserError, read_file, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from clusters import cluster_features, cluster_pixels, expected_mutual_information, silhouette
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
@@ -230,12 +230,13 @@ def estimate_batch_norms(network, train, config, args):
 
 def print_report(scored, remarks, clusters):
     for name, scores in scored.items():
-        print("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one {acc_majority:.4f})"
-              "   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}".format(name, **scores))
+        to_stdout("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one "
+                  "{acc_majority:.4f})   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}"
+                  .format(name, **scores))
     for line in [*remarks, *map(caption, clusters[:PER_SHEET])]:
-        print(f"  {line}")
+        to_stdout(f"  {line}")
     if len(clusters) > PER_SHEET:
-        print(f"  and {len(clusters) - PER_SHEET} smaller ones, see metrics.json")
+        to_stdout(f"  and {len(clusters) - PER_SHEET} smaller ones, see metrics.json")
 
 
 def main(args):
@@ -318,7 +319,7 @@ def main(args):
     mapping = metrics.get("mapping", mapping)
     clusters = describe_clusters(predictions, labels, mapping, class_names)
     named = [row | {"cluster": cluster_names[row["cluster"]]} for row in clusters]         # ids of the file
-    print(f"{title}: {len(predictions):,} {part}, {len(clusters)} of {num_clusters} clusters in use")
+    to_stdout(f"{title}: {len(predictions):,} {part}, {len(clusters)} of {num_clusters} clusters in use")
     print_report(scored, remarks, named)
 
     # ---------------------------------------------------------------- save
@@ -338,7 +339,7 @@ def main(args):
     metrics |= {"class_names": class_names, "clusters": named,
                 "pixel_kmeans": scored.get("k-means on pixels")}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
-    print(f"written: {out}")
+    to_stdout(f"written: {out}")
 
 
 if __name__ == "__main__":

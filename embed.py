@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, write_atomically
+from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import predict
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
@@ -129,8 +129,8 @@ def main(args):
                "variance_of_map": shares.tolist()}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     broken = f"; {metrics['num_broken']} broken pictures left out" if metrics["num_broken"] else ""
-    print(f"{name}: {len(kept):,} {dataset.part}, {features.shape[1]} features of each{broken}")
-    print(f"written: {path}")
+    to_stdout(f"{name}: {len(kept):,} {dataset.part}, {features.shape[1]} features of each{broken}")
+    to_stdout(f"written: {path}")
 
 
 def to_npz(features, columns):

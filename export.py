@@ -23,7 +23,7 @@ import pickle
 import re
 from pathlib import Path
 
-from checkpoint import UserError, write_atomically
+from checkpoint import UserError, to_stdout, write_atomically
 from cli import HelpFormatter, launch
 from pretrained import load_network, network_flags
 
@@ -70,8 +70,8 @@ def main(args):
         content = {"model": arrays, "__author__": "TWIST", "matching_heuristics": True}
         state = pickle.dumps(content, protocol=4)
     write_atomically(output, state)
-    print(f"written: {output}, {arch} in {args.format}'s names. The pixels of its input are from 0 to 1, "
-          "minus the mean, divided by std")
+    to_stdout(f"written: {output}, {arch} in {args.format}'s names. The pixels of its input are from 0 to 1, "
+              "minus the mean, divided by std")
 
 
 if __name__ == "__main__":

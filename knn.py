@@ -15,7 +15,7 @@ import json
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError, to_stderr, write_atomically
+from checkpoint import UserError, to_stderr, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import evaluate
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
@@ -181,8 +181,8 @@ def main(args):
     num_classes = len(train.class_names)
     broken = f"; {num_broken} broken pictures left out" if num_broken else ""
     name = args.data or config["data"]
-    print(f"{name}: {len(test):,} {test.part} against {len(train):,} {train.part}, "
-          f"T = {args.temperature}{broken}")
+    to_stdout(f"{name}: {len(test):,} {test.part} against {len(train):,} {train.part}, "
+              f"T = {args.temperature}{broken}")
     metrics = {"checkpoint": args.checkpoint, "data": name, "temperature": args.temperature,
                "num_train": len(train), "num_test": len(test), "num_broken": num_broken,
                "top1": {}, "top5": {}}
@@ -192,11 +192,11 @@ def main(args):
         hits = (classes == test.labels[:, None]) & (scores > 0)       # 0: no neighbour is of that class
         metrics["top1"][k] = hits[:, 0].double().mean().item()
         metrics["top5"][k] = hits.any(1).double().mean().item()
-        print(f"  k = {k:<5d} top-1 {metrics['top1'][k]:.4f}   top-5 {metrics['top5'][k]:.4f}")
+        to_stdout(f"  k = {k:<5d} top-1 {metrics['top1'][k]:.4f}   top-5 {metrics['top5'][k]:.4f}")
 
     # ---------------------------------------------------------------- save
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
-    print(f"written: {out / 'metrics.json'}")
+    to_stdout(f"written: {out / 'metrics.json'}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 
-from checkpoint import write_atomically
+from checkpoint import to_stdout, write_atomically
 
 PER_SHEET = 40         # clusters on a contact sheet
 RED = (220, 0, 0)
@@ -38,9 +38,9 @@ def draw_curves(run, config):
         figure.savefig(image, dpi=120)
         write_atomically(path, image.getvalue())
     except ImportError:
-        print(f"{path} is not drawn: matplotlib is not installed")
+        to_stdout(f"{path} is not drawn: matplotlib is not installed")
     except Exception as error:
-        print(f"{path} is not drawn: {error}")
+        to_stdout(f"{path} is not drawn: {error}")
 
 
 def _plot_curves(figure, entries, config):
@@ -56,10 +56,7 @@ def _plot_curves(figure, entries, config):
         classes = min(config["num_classes"], config["batch_size"])
         left.axhline(math.log(classes), color="0.6", linewidth=1, label=f"ln {classes}, the greatest entropy")
         left.set(ylim=(0, None))
-        lowest, why = -config["beta"] * math.log(classes), "lower bound"
-        if config.get("nbs") and config["num_classes"] <= config["batch_size"]:
-            lowest += config["alpha"] * sharpest_with_nbs(classes)
-            why = f"{classes} balanced classes, as sharp as NBS allows"
+        lowest, why = loss_bound(config)
         right.axhline(lowest, color="0.6", linewidth=1, label=why)
         title = f"consistency + {config['alpha']:g} · sharpness − {config['beta']:g} · diversity"
     else:
@@ -86,6 +83,16 @@ def _plot_curves(figure, entries, config):
         axes.legend(handles=shown, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
+def loss_bound(config):
+    """(the least loss of a run of TWIST, what it is); config: of the run."""
+    classes = min(config["num_classes"], config["batch_size"])
+    lowest = -config["beta"] * math.log(classes)
+    if not config.get("nbs") or config["num_classes"] > config["batch_size"]:
+        return lowest, "lower bound"
+    lowest += config["alpha"] * sharpest_with_nbs(classes)
+    return lowest, f"{classes} balanced classes, as sharp as NBS allows"
+
+
 def sharpest_with_nbs(num_classes):
     """The least sharpness, in nats, of logits after NBS over images of C balanced classes.
 
@@ -110,7 +117,7 @@ def draw_clusters(folder, title, clusters, predictions, confidences, labels, map
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        print("no pictures: matplotlib is not installed")
+        to_stdout("no pictures: matplotlib is not installed")
         return
     if labels is not None:
         classes = np.where(predictions < 0, -1, np.array([*mapping, -1])[predictions])
@@ -291,7 +298,7 @@ def draw_embedding(folder, title, images, points, shares, queries, nearest, simi
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        print("no pictures: matplotlib is not installed")
+        to_stdout("no pictures: matplotlib is not installed")
         return
     draw_map(folder / "map.png", points, shares, groups, names, title)
     draw_neighbours(folder / "neighbours.png", images, queries, nearest, similarity, groups, names, title)

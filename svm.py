@@ -143,7 +143,7 @@ def main(args):
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")
     if num_broken:
-        print(f"{num_broken} broken pictures left out")
+        to_stdout(f"{num_broken} broken pictures left out")
 
     # ---------------------------------------------------------------- SVMs
     metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], num_broken=num_broken,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, start, wait_until
+from processes import OFTEN, ROOT, STAGES, begin, content, finish, log_lines, same, wait_until
 
 import checkpoint
 import cli
@@ -429,7 +429,14 @@ def test_a_closed_pipe_stops_the_printing_not_the_run(stage, closed, straight, t
     assert len(log_lines(tmp_path / "run")) == len(log_lines(undisturbed))
 
 
-def test_an_evaluation_without_a_reader_writes_its_files(network, tmp_path):
-    command = f"knn.py --checkpoint {network} --k 5 --output-dir {tmp_path}"
-    assert finish(start(command, prepare=no_reader)) == ("", "")
+@pytest.mark.parametrize("command", ["knn.py --k 5", "cluster_eval.py", "embed.py"])
+def test_an_evaluation_whose_reader_leaves_writes_its_files(command, network, tmp_path):
+    """After a line, as `| head -1` does; what is printed later meets a closed pipe."""
+    script, *flags = command.split()
+    command = [sys.executable, script, "--checkpoint", network, "--output-dir", tmp_path, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline().startswith(f"{script}: reading")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
     assert (tmp_path / "metrics.json").exists()
