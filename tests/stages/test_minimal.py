@@ -36,13 +36,12 @@ def test_steps(here, tmp_path, monkeypatch):
     views = build_views("moco", *input_of(state["config"])[1:], 20)
     batches = Batches(build_dataset("fake", "pretrain"), 128, views, seed=0)
     made = [x for step in range(4) for x in views(*batches[step][:2])]
-    network = minimal.build_network()
+    network, optimizer = minimal.begin(seed=0)
     network.load_state_dict(dict(zip(network.state_dict(), twist.state_dict().values(), strict=True)))
 
     monkeypatch.setattr(minimal, "WARMUP", 4)
-    monkeypatch.setattr(minimal, "build_network", lambda: network)
     monkeypatch.setattr(minimal, "random_view", lambda x: made.pop(0))
-    minimal.train(torch.zeros(512, 1), seed=0, steps=4)
+    minimal.train(network, optimizer, torch.zeros(512, 1), range(4))
     assert not made
     before, after = twist.state_dict().values(), state["model"].values()
     for (name, ours), old, real in zip(network.state_dict().items(), before, after, strict=True):
