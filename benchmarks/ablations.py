@@ -125,7 +125,10 @@ def write_rows(rows):
 def tables(rows):
     """The tables of docs/ablations.md: mean (least to greatest) of the seeds, the paper's values below."""
     text = []
+    made = {row["run"] for row in rows}
     for heading, names, columns, paper in TABLES:
+        if not made.issuperset(names):
+            continue
         text += [f"### {heading}", "",
                  "| run | " + " | ".join(HEADINGS.get(column, column) for column in columns) + " |",
                  "|---" * (1 + len(columns)) + "|"]
@@ -187,7 +190,7 @@ def main(argv=None):
     folder = Path(args.output_dir).absolute()
     rows = read_rows()
     done = {(row["run"], int(row["seed"])) for row in rows}
-    todo = [(name, seed) for seed in SEEDS for name in RUNS if (name, seed) not in done]
+    todo = [(name, seed) for name in RUNS for seed in SEEDS if (name, seed) not in done]
     if args.print_only:
         print(tables(rows))
         return

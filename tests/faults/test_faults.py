@@ -88,6 +88,7 @@ def killed_and_resumed(stage, straight, folder, kind, rng):
     return step
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save(straight, tmp_path):
     assert killed_and_resumed("lincls", straight, tmp_path, "inside", random.Random(1)) >= 3
 
@@ -361,7 +362,8 @@ def test_torchrun_restarts_from_the_checkpoint(rank, in_two, tmp_path):
     assert_same_run(in_two, out)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_lost_rank_ends_the_other(rank, in_two, tmp_path):
     """Long before the timeout, as its connection is gone; the same command resumes."""
     process = begin("pretrain", TOGETHER, tmp_path / "run", ranks=2)

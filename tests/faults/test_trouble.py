@@ -350,7 +350,8 @@ def stop_after(step):
     return watched
 
 
-@pytest.mark.parametrize("stage, lost", [("barlow", 1), *((stage, 1000) for stage in STAGES)])
+@pytest.mark.parametrize("stage, lost", [("barlow", 1), *(pytest.param(stage, 1000, marks=pytest.mark.slow)
+                                                          for stage in STAGES)])
 def test_a_log_that_lost_its_last_lines(stage, lost, straight, here, tmp_path):
     """A crash of the machine after the last save: the run is finished by the same command all the same."""
     flags, out, *_ = straight(stage)
@@ -420,7 +421,7 @@ def no_reader_of_either():
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "selflabel"])
-@pytest.mark.parametrize("closed", [no_reader, no_reader_of_either])
+@pytest.mark.parametrize("closed", [no_reader, pytest.param(no_reader_of_either, marks=pytest.mark.slow)])
 def test_a_closed_pipe_stops_the_printing_not_the_run(stage, closed, straight, tmp_path):
     flags, undisturbed, *_ = straight(stage)
     said, error = finish(begin(stage, flags, tmp_path / "run", prepare=closed))
@@ -429,7 +430,8 @@ def test_a_closed_pipe_stops_the_printing_not_the_run(stage, closed, straight, t
     assert len(log_lines(tmp_path / "run")) == len(log_lines(undisturbed))
 
 
-@pytest.mark.parametrize("command", ["knn.py --k 5", "cluster_eval.py", "embed.py"])
+@pytest.mark.parametrize("command", ["knn.py --k 5", pytest.param("cluster_eval.py", marks=pytest.mark.slow),
+                                     pytest.param("embed.py", marks=pytest.mark.slow)])
 def test_an_evaluation_whose_reader_leaves_writes_its_files(command, network, tmp_path):
     """After a line, as `| head -1` does; what is printed later meets a closed pipe."""
     script, *flags = command.split()

@@ -595,6 +595,7 @@ def test_class_names_are_in_all_that_is_written(start, tmp_path):
     assert "--class-names in one of the two commands only?" in err
 
 
+@pytest.mark.slow
 def test_many_clusters_take_several_sheets(start, tmp_path, monkeypatch):
     for module in (cluster_eval, pictures):
         monkeypatch.setattr(module, "PER_SHEET", 4)

@@ -152,6 +152,7 @@ def test_a_run_with_restarts_goes_on_with_the_best_candidate(tmp_path):
     assert final["restarts"] == {}                       # the other candidates are not kept
 
 
+@pytest.mark.slow
 def test_two_processes_choose_as_one(tmp_path):
     flags = f"{SMALL} --epochs 1 --ema 0.9"
     run(f"pretrain.py {flags} --output-dir {tmp_path}/one")

@@ -265,6 +265,7 @@ def test_difficult_images_are_ignored(start, voc, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_other_networks_and_depths(start, voc, tmp_path):
     def read(flags):
         start(flags)

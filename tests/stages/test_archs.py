@@ -8,7 +8,7 @@ from processes import metrics_of
 
 from model import ARCHS
 
-CHEAP = ("resnet8", "vit_t", "mobilenet_v3_large")
+CHEAP = ("resnet8",)
 ALIKE = ("resnet50w4", "resnet50w5")       # gigabytes, and the code of resnet50w2
 EVALUATIONS = (                            # each is given --checkpoint
     "knn.py --k 5 --workers 0 --output-dir {out}/knn",

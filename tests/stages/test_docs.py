@@ -94,6 +94,7 @@ def test_there_are_three_short_diffs():
     assert len(DIFFS) == 3 and all(len(diff.splitlines()) <= 10 for diff in DIFFS)
 
 
+@pytest.mark.slow
 def test_diffs_apply_one_by_one_and_run_together(tmp_path):
     if not shutil.which("git"):
         pytest.skip("needs git")

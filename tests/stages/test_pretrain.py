@@ -247,6 +247,7 @@ def pictures(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_pictures_from_files_killed_and_resumed(pictures, tmp_path):
     """In mid-epoch, then with other workers: bit for bit the weights of the undisturbed run."""
     command = f"pretrain.py --data {pictures}/sound {ON_FILES} --print-every 1"
@@ -313,6 +314,7 @@ def test_too_many_broken_pictures(pictures, here, tmp_path):
     assert not (tmp_path / "out/checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_fp16_clips_the_norm_of_the_gradient_without_its_scale(here, tmp_path):
     for name, flags in (("start", "--lr 0"), ("off", "--lr 1"), ("fp16", "--lr 1 --amp fp16 --device cpu")):
         here(f"pretrain.py {SMALL} --knn-every 0 --optimizer sgd --weight-decay 0 --clip-norm 0.1 {flags} "

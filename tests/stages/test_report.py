@@ -301,6 +301,7 @@ def test_curves_are_where_their_numbers_are():
 
 
 # ---------------------------------------------------------------- what is missing
+@pytest.mark.slow
 def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, monkeypatch):
     for folder in ("classes", "features", "knn", "linear", "few"):
         shutil.rmtree(copy / folder)
@@ -318,6 +319,7 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, mon
     assert "Not here" not in report(copy).texts["found"]
 
 
+@pytest.mark.slow
 def test_clusters_of_a_run_without_classes_are_suggested(report, tmp_path):
     run(f"barlow.py {STAGES['barlow']} --device cpu --output-dir {tmp_path}/run")
     page = report(tmp_path / "run")
@@ -405,6 +407,7 @@ def test_bad_command_is_one_line(here, copy, tmp_path, command, named):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_has_no_page(here, copy):
     (copy / "report.html").write_text("old")
     here(f"pretrain.py {STAGES['pretrain']} --device cpu --overwrite --output-dir {copy}")

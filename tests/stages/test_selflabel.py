@@ -61,6 +61,7 @@ def evaluate_by_every_stage(path, out, ranks=1):
         run(f"cluster_eval.py --predictions {out}/{stage}/predictions.csv --output-dir {out}/{stage}_scores")
 
 
+@pytest.mark.slow
 def test_its_network_is_evaluated_by_every_stage(labelled, tmp_path):
     evaluate_by_every_stage(labelled / "checkpoint.pth", tmp_path)
 
@@ -113,7 +114,7 @@ def is_trained(name):
     return "running" not in name and "tracked" not in name
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("amp", ["off", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_without_a_confident_image_the_step_is_left_out(pretrained, here, tmp_path, amp):
     """No image is strictly above the greatest confidence."""
     here(f"selflabel.py --checkpoint {pretrained}/checkpoint.pth {FLAGS} --epochs 1 --quantile 0 "
