@@ -7,7 +7,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/installed
 endif
 
-.PHONY: demo test test-slow test-report ablations lint
+.PHONY: demo test test-slow test-report lint
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) pretrain.py --output-dir runs/demo
@@ -24,10 +24,6 @@ test-slow: $(ENVIRONMENT)
 # The page of report.py in a browser, if Chromium is installed.
 test-report: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs -m browser
-
-# The paper's ablations in short runs, see docs/ablations.md; goes on where it was stopped.
-ablations: $(ENVIRONMENT)
-	$(PYTHON) benchmarks/ablations.py
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
