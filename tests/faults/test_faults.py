@@ -599,8 +599,9 @@ def test_memory_and_open_files_of_2000_steps_stay_flat(name, network, tmp_path):
     series = measure(process, tmp_path / "run")
     print(f"\n{name}: (step, MiB, open files, processes) {series}")
     end(process)
-    # matplotlib's caches fill while the first ten curves are drawn, one for each epoch
-    _, memory, *rest = zip(*(row for row in series if row[0] >= 1000), strict=True)
-    assert len(memory) >= 9 and max(memory) <= 1.05 * memory[0]
+    # the scores and the curves after an epoch take 50 MiB more in the first 30 epochs, and then no more
+    settled, limit = (1000, 1.1) if name.startswith("pretrain") else (400, 1.05)
+    _, memory, *rest = zip(*(row for row in series if row[0] >= settled), strict=True)
+    assert len(memory) >= (2000 - settled) // 100 - 1 and max(memory) <= limit * memory[0]
     for numbers in rest:             # with workers some come and go; while it saves a file more is open
         assert statistics.median(numbers[-5:]) <= statistics.median(numbers[:5]) + 1
