@@ -2,7 +2,7 @@
 
     python minimal.py
 
-After about 5 minutes on two CPU cores the ten classes are matched with the true ones, and drawn.
+After 6 to 10 minutes on two slow CPU cores the ten classes are matched with the true ones, and drawn.
 `pretrain.py` is the same for real use: other data and networks, several GPUs, checkpoints.
 """
 
