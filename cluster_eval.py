@@ -142,7 +142,8 @@ def evaluate(labels, predictions, probabilities=None, mapping=None):
         K, C = len(mapping), max(C, int(mapping.max()) + 1)
     counts = np.bincount(predictions * C + labels, minlength=K * C).reshape(K, C)
     if mapping is None:
-        from scipy.optimize import linear_sum_assignment  # the Hungarian algorithm
+        # the Hungarian algorithm; imported here, so that cli.py can say first that scipy is missing
+        from scipy.optimize import linear_sum_assignment
         clusters, classes = linear_sum_assignment(counts, maximize=True)
         mapping = np.full(K, -1)
         mapping[clusters] = classes
