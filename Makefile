@@ -7,7 +7,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/installed
 endif
 
-.PHONY: demo test test-slow test-report lint
+.PHONY: demo test test-slow test-report ablations lint
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) pretrain.py --output-dir runs/demo
@@ -24,6 +24,10 @@ test-slow: $(ENVIRONMENT)
 # The page of report.py in a browser, if Chromium is installed.
 test-report: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs -m browser
+
+# docs/ablations.md: 45 runs, about an hour on two cores; the same command resumes.
+ablations: $(ENVIRONMENT)
+	$(PYTHON) benchmarks/ablations.py
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
