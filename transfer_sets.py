@@ -227,5 +227,5 @@ def _number_classes(parts):
 
 def checksum(part):
     """What tells whether the images of an ImageSet are others: number, names of files or pixels, labels."""
-    images = part.files or f"{len(part)} images, CRC-32 {zlib.crc32(part.images.numpy()):08x}"
-    return f"{images}, labels {zlib.crc32(part.labels.numpy()):08x}"
+    images = part.files or f"{len(part)} images, CRC-32 {zlib.crc32(part.images.numpy().tobytes()):08x}"
+    return f"{images}, labels {zlib.crc32(part.labels.numpy().tobytes()):08x}"
