@@ -30,6 +30,7 @@ from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
     "fashion-mnist": (28, (0.2860,), (0.3530,)),
+    "mnist": (28, (0.1309,), (0.3080,)),
     "fake": (32, (0.5,), (0.25,)),
     "cifar10": (32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -39,9 +40,10 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
-FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
+EMBEDDED = Path(__file__).parent / "datasets"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
+EMBEDDED_CLASSES = {"fashion-mnist": FASHION_MNIST_CLASSES, "mnist": tuple("0123456789")}
 
 
 # ---------------------------------------------------------------- data sets
@@ -193,7 +195,7 @@ def _read_class_names(path):
 def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None):
     """A split of a data set, as an ImageSet.
 
-    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
+    name: fashion-mnist, mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
     (torchvision's files in data_dir); or a path: a list of pictures (see _read_list), or a folder with
     train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
     folder are lists. A path without train and val is every split, unless val_share divides it.
@@ -261,11 +263,11 @@ def _built_in(name, split, seed, data_dir):
     """build_dataset of a name in INPUTS."""
     train = split != "test"
     part = "training images" if train else "test images"
-    if name == "fashion-mnist":
-        stem = "train" if train else "t10k"
-        images = _read_idx(FASHION_MNIST / f"{stem}-images-idx3-ubyte.gz")[:, None]
-        labels = _read_idx(FASHION_MNIST / f"{stem}-labels-idx1-ubyte.gz").long()
-        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES), part=part)
+    if name in EMBEDDED_CLASSES:
+        stem = EMBEDDED / name / ("train" if train else "t10k")
+        images = _read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))[:, None]
+        labels = _read_idx(Path(f"{stem}-labels-idx1-ubyte.gz")).long()
+        return ImageSet(images, labels, list(EMBEDDED_CLASSES[name]), part=part)
     dataset = _fake(train, seed) if name == "fake" else _from_torchvision(name, split, data_dir)
     return replace(dataset, part=part)
 
@@ -453,11 +455,12 @@ def own_group(worker):
 class CentreCrops(torch.utils.data.Dataset):
     """Pictures for evaluation: the shorter side resized to size · 256 / 224, then the middle size × size.
 
-    Item i is uint8 [3, size, size], or None if it cannot be read.
+    side: another length of the shorter side. Item i is uint8 [3, size, size], or None if it cannot be read.
     """
 
-    def __init__(self, dataset, size, interpolation="bicubic"):
+    def __init__(self, dataset, size, interpolation="bicubic", side=None):
         self.dataset, self.size, self.interpolation = dataset, size, interpolation
+        self.side = side or round(size * 256 / 224)
 
     def __len__(self):
         return len(self.dataset)
@@ -472,8 +475,7 @@ class CentreCrops(torch.utils.data.Dataset):
         H, W = min(height, 4 * short), min(width, 4 * short)
         top, left = (height - H) // 2, (width - W) // 2
         image = image[:, top:top + H, left:left + W]
-        side = round(self.size * 256 / 224)
-        image = F.interpolate(image[None], (side * H // short, side * W // short),
+        image = F.interpolate(image[None], (self.side * H // short, self.side * W // short),
                               mode=self.interpolation, antialias=True)
         return torchvision.transforms.functional.center_crop(image[0], self.size)
 
@@ -488,8 +490,8 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     interpolation = config.get("interpolation", "bicubic")
     if dataset.images is None:
         batches = torch.utils.data.DataLoader(
-            CentreCrops(dataset, size, interpolation), batch_size, num_workers=num_workers(workers, dataset),
-            collate_fn=_stack_readable, worker_init_fn=own_group,
+            CentreCrops(dataset, size, interpolation, config.get("resize_side")), batch_size,
+            num_workers=num_workers(workers, dataset), collate_fn=_stack_readable, worker_init_fn=own_group,
             generator=torch.Generator())          # else it draws from the generator that drop path uses
     else:
         batches = dataset.images.split(batch_size)
