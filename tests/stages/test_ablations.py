@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: a run is trained and scored, the rest resumes, docs/ablations.md has its tables."""
+"""benchmarks/ablations.py: runs are trained, scored and resumed; docs/ablations.md has their tables."""
 
 import csv
 import sys
