@@ -26,6 +26,7 @@ EVALUATIONS = {                  # script: what only its metrics.json has, the f
     "svm": ("shots", "svm", None),                       # of VOC07 only, so it is not suggested
     "knn": ("temperature", "knn", "accuracy of nearest neighbours"),
     "lincls": ("results", "linear", "accuracy of a linear classifier"),
+    "finetune": ("metric", "finetune", None),            # of other data, so neither
     "semisup": ("random_init", "few", "accuracy with few labels"),
 }
 CLUSTER_SCORES = {"acc": "ACC", "acc_majority": "ACC, many-to-one", "acc_top5": "ACC, top 5", "nmi": "NMI",
@@ -65,9 +66,14 @@ class Evaluation(NamedTuple):
             name = f"{start} on {metrics['num_train']:,} labels, {part.replace('_', '-')} images"
             for top in (1, 5):
                 yield f"{name}, top {top}", metrics[f"{part}_top{top}"], metrics[f"num_{part}"]
+        elif self.script == "finetune":
+            part = "test" if "test" in metrics else "validation"
+            start = "from scratch" if metrics["random_init"] else "fine-tuned"
+            yield f"{start} on {metrics['data']}, {metrics['metric']}", metrics[part], metrics[f"num_{part}"]
         elif self.script == "svm":
             for k, found in metrics["shots"].items():
-                yield f"SVM, {k} images a class, mAP", found["map"], None
+                images = "all images" if k == "all" else f"{k} images a class"
+                yield f"SVM, {images}, mAP", found["map"], None
         else:
             for name, value in metrics.items():
                 if isinstance(value, float):
