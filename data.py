@@ -453,11 +453,12 @@ def own_group(worker):
 class CentreCrops(torch.utils.data.Dataset):
     """Pictures for evaluation: the shorter side resized to size · 256 / 224, then the middle size × size.
 
-    Item i is uint8 [3, size, size], or None if it cannot be read.
+    side: another length of the shorter side. Item i is uint8 [3, size, size], or None if it cannot be read.
     """
 
-    def __init__(self, dataset, size, interpolation="bicubic"):
+    def __init__(self, dataset, size, interpolation="bicubic", side=None):
         self.dataset, self.size, self.interpolation = dataset, size, interpolation
+        self.side = side or round(size * 256 / 224)
 
     def __len__(self):
         return len(self.dataset)
@@ -472,8 +473,7 @@ class CentreCrops(torch.utils.data.Dataset):
         H, W = min(height, 4 * short), min(width, 4 * short)
         top, left = (height - H) // 2, (width - W) // 2
         image = image[:, top:top + H, left:left + W]
-        side = round(self.size * 256 / 224)
-        image = F.interpolate(image[None], (side * H // short, side * W // short),
+        image = F.interpolate(image[None], (self.side * H // short, self.side * W // short),
                               mode=self.interpolation, antialias=True)
         return torchvision.transforms.functional.center_crop(image[0], self.size)
 
@@ -488,8 +488,8 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     interpolation = config.get("interpolation", "bicubic")
     if dataset.images is None:
         batches = torch.utils.data.DataLoader(
-            CentreCrops(dataset, size, interpolation), batch_size, num_workers=num_workers(workers, dataset),
-            collate_fn=_stack_readable, worker_init_fn=own_group,
+            CentreCrops(dataset, size, interpolation, config.get("resize_side")), batch_size,
+            num_workers=num_workers(workers, dataset), collate_fn=_stack_readable, worker_init_fn=own_group,
             generator=torch.Generator())          # else it draws from the generator that drop path uses
     else:
         batches = dataset.images.split(batch_size)

@@ -24,9 +24,10 @@ EVALUATIONS = {                  # script: what only its metrics.json has, the f
     "cluster_eval": ("num_clusters", "classes", "what is in each class, and scores"),
     "embed": ("variance_of_map", "features", "the map of the features, and nearest neighbours"),
     "svm": ("shots", "svm", None),                       # of VOC07 only, so it is not suggested
+    "transfer": ("sets", "transfer", None),              # of other data than the run's
     "knn": ("temperature", "knn", "accuracy of nearest neighbours"),
     "lincls": ("results", "linear", "accuracy of a linear classifier"),
-    "finetune": ("metric", "finetune", None),            # of other data, so neither
+    "finetune": ("metric", "finetune", None),            # of other data, too
     "semisup": ("random_init", "few", "accuracy with few labels"),
 }
 CLUSTER_SCORES = {"acc": "ACC", "acc_majority": "ACC, many-to-one", "acc_top5": "ACC, top 5", "nmi": "NMI",
@@ -66,6 +67,9 @@ class Evaluation(NamedTuple):
             name = f"{start} on {metrics['num_train']:,} labels, {part.replace('_', '-')} images"
             for top in (1, 5):
                 yield f"{name}, top {top}", metrics[f"{part}_top{top}"], metrics[f"num_{part}"]
+        elif self.script == "transfer":
+            for name, found in metrics["sets"].items():
+                yield f"transfer to {name}, {found['metric']}", found["test"], found["num_test"]
         elif self.script == "finetune":
             part = "test" if "test" in metrics else "validation"
             start = "from scratch" if metrics["random_init"] else "fine-tuned"

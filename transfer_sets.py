@@ -34,10 +34,12 @@ def read_built_in(name):
 
 
 def read_food(root, part, seed):
-    root = f"{root}/food-101"
+    root, pairs = f"{root}/food-101", []
     with open(f"{root}/meta/{part}.json") as file:
         listed = json.load(file)                 # {class: its images}
-    return _two_lists((f"{root}/images/{image}.jpg", name) for name in listed for image in listed[name])
+    for name in listed:
+        pairs += [(f"{root}/images/{image}.jpg", name) for image in listed[name]]
+    return _two_lists(pairs)
 
 
 def read_sun397(root, part, seed):
@@ -227,5 +229,5 @@ def _number_classes(parts):
 
 def checksum(part):
     """What tells whether the images of an ImageSet are others: number, names of files or pixels, labels."""
-    images = part.files or f"{len(part)} images, CRC-32 {zlib.crc32(part.images.numpy()):08x}"
-    return f"{images}, labels {zlib.crc32(part.labels.numpy()):08x}"
+    images = part.files or f"{len(part)} images, CRC-32 {zlib.crc32(part.images.numpy().tobytes()):08x}"
+    return f"{images}, labels {zlib.crc32(part.labels.numpy().tobytes()):08x}"

@@ -42,7 +42,7 @@ OFTEN = "--print-every 2 --save-every 3"
 PATIENCE = 1800                  # seconds for what takes a few, as the machine may be doing other work
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", *STAGES, "cluster_eval", "knn", "embed", "svm",
-                              "matplotlib.pyplot"])
+                              "transfer", "matplotlib.pyplot"])
 STARTED = []
 
 

@@ -22,6 +22,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 STAGES = [name for name in SCRIPTS if "def get_parser" in (ROOT / name).read_text()]
 ANCHOR = re.compile(r"`([\w/]+\.py):(\d+)` `([^`]+)`")          # `file.py:123` `what stands in that line`
 COUNT = re.compile(r"^\| `(\w+\.py)` \| (\d+) \|", re.MULTILINE)            # | `file.py` | lines |
+TABLE_OF_SETS = re.compile(r"^\| `--datasets` \|.*?\n(?=\n)", re.MULTILINE | re.DOTALL)
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 REFRESH = "run `python tests/stages/test_docs.py`"
 
@@ -49,11 +50,23 @@ def hunk_header(diff):
     return name, f"@@ -{starts[0] + 1},{len(old)} +{starts[0] + 1},{len(new)} @@"
 
 
+def transfer_table():
+    """The rows of transfer_sets.py, as docs/evaluation.md has them."""
+    sets = importlib.import_module("transfer_sets").SETS
+    lines = ["| `--datasets` | | classes | train / validation / test | metric | place in `--data-dir` |",
+             "|---|---|---|---|---|---|"]
+    for name, row in sets.items():
+        images = " / ".join(f"{count:,}" if count else "–" for count in (row.train, row.val, row.test))
+        lines.append(f"| `{name}` | {row.title} | {row.classes} | {images} | {row.metric} | {row.where} |")
+    return "\n".join(lines) + "\n"
+
+
 def refresh():
     """Rewrites all numbers that follow from the code."""
     for page, text in PAGES.items():
         text = ANCHOR.sub(lambda m: f"`{m[1]}:{line_of(m[1], m[3])}` `{m[3]}`", text)
         text = COUNT.sub(lambda m: f"| `{m[1]}` | {len(source(m[1]))} |", text)
+        text = TABLE_OF_SETS.sub(lambda m: transfer_table(), text)
         for diff in DIFFS if page == "README.md" else ():
             text = text.replace(diff, re.sub(r"^@@.*@@", hunk_header(diff)[1], diff, flags=re.MULTILINE))
         (ROOT / page).write_text(text)
@@ -117,6 +130,11 @@ def test_diffs_apply_one_by_one_and_run_together(tmp_path):
     assert "step 4/4" in ended.stdout and (tmp_path / "run" / "metrics.json").exists()
 
 
+# ---------------------------------------------------------------- the page of evaluations
+def test_the_sets_of_transfer_are_those_of_the_code():
+    assert TABLE_OF_SETS.findall(PAGES["docs/evaluation.md"]) == [transfer_table()], REFRESH
+
+
 # ---------------------------------------------------------------- all pages
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page, monkeypatch):
@@ -170,4 +188,5 @@ def test_one_version_everywhere():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     refresh()

@@ -310,7 +310,7 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, mon
         assert "Not here" in page.texts[ident]
     commands = set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["scores"]))
     assert commands >= set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["map"])) > set()
-    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - {"svm", "finetune"}
+    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - {"svm", "transfer", "finetune"}
     for command in commands:
         _, script, *words = shlex.split(command)
         args = parse_args(__import__(script[:-3]).get_parser(), words)
@@ -438,6 +438,9 @@ def test_comparison(report, trained, copy):
 def test_scores_of_svms_and_of_unknown_evaluations(tmp_path):
     svm = Evaluation(tmp_path, "svm", {"shots": {"1": {"map": 0.5}, "8": {"map": 0.7}}})
     assert [value for _, value, _ in svm.scores()] == [0.5, 0.7]
+    found = {"pets": {"metric": "mean per class", "test": 0.9, "num_test": 3669}}
+    transfer = Evaluation(tmp_path, "transfer", {"sets": found})
+    assert list(transfer.scores()) == [("transfer to pets, mean per class", 0.9, 3669)]
     other = Evaluation(tmp_path, "other", {"top": 0.25, "name": "x", "count": 3})
     assert other.values() == {"top": 0.25}
 
