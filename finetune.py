@@ -128,7 +128,8 @@ def read_parts(args, source):
         try:
             train, val, test = read_set(args.data, args.data_dir, args.seed).values()
         except UserError as error:               # which names the flag of transfer.py
-            raise UserError(str(error).replace("--datasets", "--data", 1)) from None
+            problem = str(error).replace("--datasets", "--data", 1)
+            raise UserError(f"{problem}") from None
     else:
         whole, test = labelled(args, source)
         train, val = map(whole.subset, hold_out(whole.labels, HELD_OUT, args.seed))
@@ -159,10 +160,7 @@ def loss_of(logits, labels):
 
 
 def set_bn_momentum(network, momentum, steps_per_epoch):
-    """Sets the share of a step in the running statistics of all batch norms.
-
-    0: 1 - max(1 - 10 / s, 0.9) with s steps in an epoch. SimCLR's momentum is 1 minus PyTorch's.
-    """
+    """Sets PyTorch's momentum of all batch norms; 0: 1 - max(1 - 10 / s, 0.9) with s steps in an epoch."""
     for module in network.modules():
         if hasattr(module, "running_var"):
             module.momentum = momentum or min(10 / steps_per_epoch, 0.1)
@@ -311,9 +309,10 @@ def table(cells):
     rates, decays = (sorted(set(values)) for values in zip(*cells, strict=True))
     lines = ["  weight decay" + "".join(f"{decay:>10g}" for decay in decays)]
     for lr in rates:
-        values = (cells[lr, decay] for decay in decays)
-        words = ("diverged" if value is None else f"{value:.4f}" for value in values)
-        lines.append(f"  lr {lr:<9g}" + "".join(f"{word:>10s}" for word in words))
+        lines.append(f"  lr {lr:<9g}")
+        for decay in decays:
+            value = cells[lr, decay]
+            lines[-1] += "  diverged" if value is None else f"{value:>10.4f}"
     return lines
 
 

@@ -310,7 +310,8 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, mon
         assert "Not here" in page.texts[ident]
     commands = set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["scores"]))
     assert commands >= set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["map"])) > set()
-    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - {"svm", "transfer", "finetune"}
+    of_other_data = {"svm", "transfer", "finetune"}
+    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - of_other_data
     for command in commands:
         _, script, *words = shlex.split(command)
         args = parse_args(__import__(script[:-3]).get_parser(), words)
