@@ -15,6 +15,7 @@ weight decay divided by the learning rate, random resized crops and flips. They 
 """
 
 import argparse
+import copy
 import datetime
 import itertools
 import json
@@ -167,8 +168,8 @@ def set_bn_momentum(network, momentum, steps_per_epoch):
 
 
 # ---------------------------------------------------------------- one training
-def train_once(args, last=True):
-    """Trains and scores by these flags, then ends by SystemExit, as a Run does; last: see Run."""
+def train_once(args, loaded, last=True):
+    """Trains and scores by these flags, then ends by SystemExit, as its Run does; loaded: by load_network."""
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
@@ -178,7 +179,7 @@ def train_once(args, last=True):
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
-    backbone, source = load_network(args)
+    backbone, source = copy.deepcopy(loaded)
     source |= dict(interpolation=args.interpolation, resize_side=args.resize_side)       # of eval_batches
     size, mean, std = input_of(source)
     train, val, test = read_parts(args, source)
@@ -193,7 +194,7 @@ def train_once(args, last=True):
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
 
     # ---------------------------------------------------------------- model
-    torch.manual_seed(args.seed)             # batch norms are per process
+    torch.manual_seed(args.seed)             # loaded before the process group: batch norms are per process
     if args.random_init:
         backbone = build_backbone(source["arch"], source.get("small_images", False))
     head = nn.Linear(backbone.feature_dim, len(train.class_names))
@@ -272,7 +273,7 @@ def train_once(args, last=True):
 
 
 # ---------------------------------------------------------------- a grid of them
-def train_cell(args, lr, weight_decay, validate):
+def train_cell(args, loaded, lr, weight_decay, validate):
     """What a run of its own with these flags wrote into metrics.json; None if it diverges.
 
     It is the run of the same command without --grid. If it is finished, it is not repeated; else it goes on.
@@ -282,7 +283,7 @@ def train_cell(args, lr, weight_decay, validate):
     cell.lr, cell.weight_decay, cell.validate = lr, weight_decay, validate
     cell.output_dir, metrics = os.path.join(args.output_dir, name), [None]
     try:
-        train_once(cell, last=False)
+        train_once(cell, loaded, last=False)
     except SystemExit as end:
         if end.code not in (0, 3):           # it is neither done nor diverges, but was stopped
             raise
@@ -317,8 +318,9 @@ def table(cells):
 
 
 def main(args):
+    loaded = load_network(args)
     if not args.grid:
-        train_once(args)                     # ends the process
+        train_once(args, loaded)             # ends the process
     if args.validate:
         raise UserError("--validate: is what --grid does, before it tests; leave one of the two out")
     if args.resume not in ("auto", "never"):
@@ -327,10 +329,10 @@ def main(args):
         raise UserError(f"--output-dir {args.output_dir}: holds a training run; choose another")
     cells = {}
     for lr, weight_decay in itertools.product(args.lrs, args.weight_decays):
-        found = train_cell(args, lr, weight_decay, validate=True)
+        found = train_cell(args, loaded, lr, weight_decay, validate=True)
         cells[lr, weight_decay] = found and found["validation"]
     lr, weight_decay = choose(cells)
-    found = train_cell(args, lr, weight_decay, validate=False)
+    found = train_cell(args, loaded, lr, weight_decay, validate=False)
     if found is None:                        # with the validation images; the Run has said so
         raise SystemExit(3)
     if int(os.environ.get("RANK", 0)) == 0:
