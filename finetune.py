@@ -69,7 +69,7 @@ def get_parser():
         help="share of the training and of the validation images to take, as many of each class")
     add("--validate", action="store_true",
         help="train without the validation images, and score these instead of the test images")
-    add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
+    add("--min-scale", type=at_least(0, float), default=0.4, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--resize-side", type=at_least(0), default=0,
         help="shorter side of a picture file whose middle is scored; 0: 256/224 of the network's input")

@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 STARTS = {"pre-trained": [], "from scratch": ["--random-init"]}
-SHARED = "--data mnist --batch-size 32 --min-scale 0.4 --weight-decays 0 --grid --print-every 9999".split()
+SHARED = "--data mnist --batch-size 32 --weight-decays 0 --grid --print-every 9999".split()
 
 
 def main(argv=None):
@@ -28,7 +28,7 @@ def main(argv=None):
     add("--checkpoint", default="weights/fashion-mnist.pth", help="default: weights/fashion-mnist.pth")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--label-fraction", type=float, default=0.25, help="of 4,000 images; default: 0.25")
-    add("--steps", type=int, default=300, help="default: 300")
+    add("--steps", type=int, default=200, help="default: 200")
     add("--lrs", nargs="+", default=["0.01", "0.03", "0.1"], help="default: 0.01 0.03 0.1")
     add("--output-dir", default="runs/finetune_benchmark", help="default: runs/finetune_benchmark")
     args = parser.parse_args(argv)

@@ -54,7 +54,7 @@ def test_training_is_what_torchs_pieces_do(network, tmp_path, here, flags):
     whole = build_dataset("fake", "train")
     kept, held = hold_out(whole.labels, 0.2, 0)
     dataset = whole.subset(torch.cat([kept, held]))
-    crop = dict(scale=(0.5 if flags else 0.08, 1), interpolation=config["interpolation"])
+    crop = dict(scale=(0.5 if flags else 0.4, 1), interpolation=config["interpolation"])
     views = Views([(size, crop)], mean, std)
     batches = Batches(dataset, 4, views, seed=0)
     torch.manual_seed(0)
