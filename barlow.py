@@ -38,10 +38,11 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of pictures")
+        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
+        "pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
-        "that data set, barlow for others")
+        "it and mnist, barlow for others")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,

@@ -30,6 +30,7 @@ from views import UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
     "fashion-mnist": (28, (0.2860,), (0.3530,)),
+    "mnist": (28, (0.1309,), (0.3080,)),
     "fake": (32, (0.5,), (0.25,)),
     "cifar10": (32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -39,9 +40,10 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
-FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion-mnist"
+EMBEDDED = Path(__file__).parent / "datasets"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
+EMBEDDED_CLASSES = {"fashion-mnist": FASHION_MNIST_CLASSES, "mnist": tuple("0123456789")}
 
 
 # ---------------------------------------------------------------- data sets
@@ -193,7 +195,7 @@ def _read_class_names(path):
 def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None):
     """A split of a data set, as an ImageSet.
 
-    name: fashion-mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
+    name: fashion-mnist, mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
     (torchvision's files in data_dir); or a path: a list of pictures (see _read_list), or a folder with
     train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
     folder are lists. A path without train and val is every split, unless val_share divides it.
@@ -261,11 +263,11 @@ def _built_in(name, split, seed, data_dir):
     """build_dataset of a name in INPUTS."""
     train = split != "test"
     part = "training images" if train else "test images"
-    if name == "fashion-mnist":
-        stem = "train" if train else "t10k"
-        images = _read_idx(FASHION_MNIST / f"{stem}-images-idx3-ubyte.gz")[:, None]
-        labels = _read_idx(FASHION_MNIST / f"{stem}-labels-idx1-ubyte.gz").long()
-        return ImageSet(images, labels, list(FASHION_MNIST_CLASSES), part=part)
+    if name in EMBEDDED_CLASSES:
+        stem = EMBEDDED / name / ("train" if train else "t10k")
+        images = _read_idx(Path(f"{stem}-images-idx3-ubyte.gz"))[:, None]
+        labels = _read_idx(Path(f"{stem}-labels-idx1-ubyte.gz")).long()
+        return ImageSet(images, labels, list(EMBEDDED_CLASSES[name]), part=part)
     dataset = _fake(train, seed) if name == "fake" else _from_torchvision(name, split, data_dir)
     return replace(dataset, part=part)
 

@@ -36,11 +36,11 @@ LINE = "loss {loss:.3f} positive {positive_mass:.1%} cosine {cosine:.3f} spread 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
-    add("--data", help="fashion-mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a list of "
-        "pictures; without it the teacher's data")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
+        "list of pictures; without it the teacher's data")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
-        "that data set; for others seed with local crops, moco without")
+        "it and mnist; for others seed with local crops, moco without")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,

@@ -75,10 +75,10 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
 
 
 def pick_views(name, data, published):
-    """The recipe for --views `name`. auto: our own for Fashion-MNIST, else the stage's `published` one."""
+    """The recipe for --views `name`. auto: our own for small gray sets, else the stage's `published` one."""
     if name != "auto":
         return name
-    return "fashion-mnist" if data == "fashion-mnist" else published
+    return "fashion-mnist" if data in ("fashion-mnist", "mnist") else published
 
 
 class Views(nn.Module):

@@ -20,7 +20,7 @@ import data
 import folders
 from checkpoint import UserError
 from data import (
-    FASHION_MNIST,
+    EMBEDDED,
     INPUTS,
     Batches,
     CentreCrops,
@@ -580,12 +580,15 @@ def test_workers_change_nothing_and_a_run_may_start_anywhere():
             assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_fashion_mnist_is_whole():
-    for line in (FASHION_MNIST / "SHA256SUMS").read_text().splitlines():
-        digest, name = line.split()
-        assert hashlib.sha256((FASHION_MNIST / name).read_bytes()).hexdigest() == digest, name
-    for split, number in (("train", 60_000), ("test", 10_000)):
-        dataset = build_dataset("fashion-mnist", split)
+@pytest.mark.parametrize("name, sizes", [("fashion-mnist", (60_000, 10_000)), ("mnist", (4000, 1000))])
+def test_an_embedded_set_is_whole(name, sizes):
+    sums = [line.split() for line in (EMBEDDED / name / "SHA256SUMS").read_text().splitlines()]
+    assert {file for _, file in sums} == {path.name for path in (EMBEDDED / name).glob("*.gz")}
+    assert len(sums) == 4
+    for digest, file in sums:
+        assert hashlib.sha256((EMBEDDED / name / file).read_bytes()).hexdigest() == digest, file
+    for split, number in zip(("train", "test"), sizes, strict=True):
+        dataset = build_dataset(name, split)
         assert dataset.images.shape == (number, 1, 28, 28) and dataset.images.dtype == torch.uint8
         assert dataset.labels.dtype == torch.int64
         assert dataset.labels.bincount().tolist() == [number // 10] * 10
@@ -594,12 +597,34 @@ def test_fashion_mnist_is_whole():
             share = dataset.images.flatten().bincount(minlength=256).double() / dataset.images.numel()
             level = torch.arange(256).double() / 255
             mean = (share * level).sum()
-            size, stated_mean, stated_std = INPUTS["fashion-mnist"]
+            size, stated_mean, stated_std = INPUTS[name]
             assert size == 28 and stated_mean[0] == pytest.approx(mean.item(), abs=5e-5)
             assert stated_std[0] == pytest.approx((share * (level - mean) ** 2).sum().sqrt().item(), abs=5e-5)
             x = normalize(dataset.images[:100] / 255, stated_mean, stated_std)
             assert x.shape == (100, 3, 28, 28) and x.dtype == torch.float32
-            torch.testing.assert_close(x[:, 2] * 0.3530 + 0.2860, dataset.images[:100, 0] / 255)
+            pixels = x[:, 2] * stated_std[0] + stated_mean[0]
+            torch.testing.assert_close(pixels, dataset.images[:100, 0] / 255)
+
+
+def test_mnist_has_no_digit_twice_and_its_labels_fit():
+    train, test = (build_dataset("mnist", part) for part in ("train", "test"))
+    assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 5000
+    assert train.labels[:10].tolist() == test.labels[:10].tolist() == list(range(10))
+    assert train.class_names == list("0123456789")
+    nearest = torch.cdist(test.images.flatten(1).float(), train.images.flatten(1).float()).argmin(1)
+    assert (train.labels[nearest] == test.labels).float().mean() > 0.92
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
+def test_an_embedded_set_that_is_damaged_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("data.EMBEDDED", tmp_path)
+    with pytest.raises(UserError, match=f"{name}/train-images.*cannot be read .*; restore it from the repo"):
+        build_dataset(name, "train")
+    (tmp_path / name).mkdir()
+    for path in (EMBEDDED / name).glob("t10k*.gz"):
+        (tmp_path / name / path.name).write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{name}/t10k-images.*cannot be read .*; restore it from the repo"):
+        build_dataset(name, "test")
 
 
 def test_fake_depends_on_the_seed_only():

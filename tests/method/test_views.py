@@ -249,8 +249,9 @@ def test_a_crop_holds_a_patch_of_the_network(arch, patch):
         build_views("multicrop", (0.5,), (0.25,), 32, patch - 1, 1, arch=arch)
 
 
-def test_auto_picks_our_recipe_for_fashion_mnist_and_else_the_published_one():
+def test_auto_picks_our_recipe_for_small_gray_sets_and_else_the_published_one():
     assert pick_views("auto", "fashion-mnist", published="barlow") == "fashion-mnist"
+    assert pick_views("auto", "mnist", published="barlow") == "fashion-mnist"
     assert pick_views("auto", "cifar10", published="barlow") == "barlow"
     assert pick_views("moco", "fashion-mnist", published="barlow") == "moco"
 
