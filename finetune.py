@@ -134,10 +134,10 @@ def read_parts(args, source):
     else:
         whole, test = labelled(args, source)
         train, val = map(whole.subset, hold_out(whole.labels, HELD_OUT, args.seed))
-        val.part = "validation images"
     if args.label_fraction != 1 and train.labels.dim() == 2:
         raise UserError(f"--label-fraction: images of {args.data} have several classes each; leave it out")
     train, val = (part.subset(draw_labels(part, args.label_fraction, args.seed)) for part in (train, val))
+    val.part = "validation images"
     return train, val, test
 
 

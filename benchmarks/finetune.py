@@ -29,7 +29,7 @@ def main(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--label-fraction", type=float, default=0.25, help="of 4,000 images; default: 0.25")
     add("--steps", type=int, default=200, help="default: 200")
-    add("--lrs", nargs="+", default=["0.01", "0.03", "0.1"], help="default: 0.01 0.03 0.1")
+    add("--lrs", nargs="+", default=["0.03", "0.1", "0.3"], help="default: 0.03 0.1 0.3")
     add("--output-dir", default="runs/finetune_benchmark", help="default: runs/finetune_benchmark")
     args = parser.parse_args(argv)
     rows = {start: [] for start in STARTS}
