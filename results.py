@@ -27,6 +27,7 @@ EVALUATIONS = {                  # script: what only its metrics.json has, the f
     "transfer": ("sets", "transfer", None),              # of other data than the run's
     "knn": ("temperature", "knn", "accuracy of nearest neighbours"),
     "lincls": ("results", "linear", "accuracy of a linear classifier"),
+    "finetune": ("metric", "finetune", None),            # of other data, too
     "semisup": ("random_init", "few", "accuracy with few labels"),
 }
 CLUSTER_SCORES = {"acc": "ACC", "acc_majority": "ACC, many-to-one", "acc_top5": "ACC, top 5", "nmi": "NMI",
@@ -69,9 +70,14 @@ class Evaluation(NamedTuple):
         elif self.script == "transfer":
             for name, found in metrics["sets"].items():
                 yield f"transfer to {name}, {found['metric']}", found["test"], found["num_test"]
+        elif self.script == "finetune":
+            part = "test" if "test" in metrics else "validation"
+            start = "from scratch" if metrics["random_init"] else "fine-tuned"
+            yield f"{start} on {metrics['data']}, {metrics['metric']}", metrics[part], metrics[f"num_{part}"]
         elif self.script == "svm":
             for k, found in metrics["shots"].items():
-                yield f"SVM, {k} images a class, mAP", found["map"], None
+                images = "all images" if k == "all" else f"{k} images a class"
+                yield f"SVM, {images}, mAP", found["map"], None
         else:
             for name, value in metrics.items():
                 if isinstance(value, float):

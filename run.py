@@ -69,8 +69,11 @@ class Run:
     answers a signal after the step that it is in. A second signal ends the process at once.
     """
 
-    def __init__(self, args, stage, device, total_steps, steps_per_epoch, config=None):
-        """config: what a resumed run must have in common with this one; default: the flags."""
+    def __init__(self, args, stage, device, total_steps, steps_per_epoch, config=None, last=True):
+        """config: what a resumed run must have in common with this one; default: the flags.
+
+        last: False if the process goes on with another run where this one is done (0) or not finite (3).
+        """
         self.args, self.stage, self.device, self.out = args, stage, device, Path(args.output_dir)
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.config = vars(args) if config is None else config
@@ -86,7 +89,8 @@ class Run:
         amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
         self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
         self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
-        self.training, self.code, self.pid = True, None, os.getpid()     # code: set where the run ends
+        self.training, self.code, self.pid = True, None, os.getpid()     # code: set where the process ends
+        self.last = last
         self.bad_step = torch.full((), -1, device=device)        # the first one that is not finite
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)         # else its gradient was not
         self.overflows = torch.zeros((), dtype=torch.long, device=device)        # of fp16, in a row
@@ -335,13 +339,16 @@ class Run:
 
     def end(self, code, message=None):
         """Ends all ranks together, so that none mistakes another's exit for a crash."""
-        self.code = code
+        goes_on = not self.last and code in (0, 3)
+        self.code = None if goes_on else code
+        self.training = self.training and not goes_on    # until the next run, a signal ends it at once
         if message and self.rank == 0:
             self.say(f"ended at step {self.step + 1}")
             to_stderr(f"{self.stage}.py: error: {message}")
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
+            if self.code is not None:
+                dist.destroy_process_group()
         sys.exit(code)
 
 

@@ -1,11 +1,13 @@
-"""Low-shot linear SVMs on VOC07, on frozen features, by the published protocol (Goyal et al. 2019).
+"""Linear SVMs on VOC07, on frozen features, by the published protocols (Goyal et al. 2019).
 
     python svm.py --checkpoint runs/pretrain/checkpoint.pth --data VOCdevkit/VOC2007
-    python svm.py --checkpoint resnet50.pth --arch resnet50 --data VOCdevkit/VOC2007 --depth 5 --device cuda
+    python svm.py --checkpoint resnet50.pth --arch resnet50 --data VOCdevkit/VOC2007 --shots all --device cuda
 
-For each class and each k, an SVM learns from k images with the class and 19 k without. The result is the mAP
-on the test images, for the cost that does best there. --seed draws the images; the published draws differ.
-Features are Feature1 to 5 of lincls.py --depths, from pictures that are squashed to a square.
+For each class and each k of --shots, an SVM learns from k images with the class and 19 k without. The result
+is the mAP on the test images, for the cost that does best there. --seed draws the images; the published draws
+differ. `all` is another protocol: an SVM learns from all of trainval, and the cost of each class is chosen
+there, by cross-validation in three folds. Features are Feature1 to 5 of lincls.py --depths, from pictures
+that are squashed to a square.
 
 Not run on VOC07 here, so no result. The tests compare it with scikit-learn on a small folder like VOC's.
 """
@@ -27,6 +29,13 @@ from pretrained import load_network, network_flags
 from run import make_evaluation_folder
 from views import normalize
 
+FOLDS = 3                        # of the cross-validation
+
+
+def shots(text):
+    """The type of --shots: `all`, or a whole number of at least 1."""
+    return text if text == "all" else at_least(1)(text)
+
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
@@ -36,8 +45,8 @@ def get_parser():
         help="which of a ResNet's features, 1 (stem) to 5 (last stage); 0: the last")
     add("--data", default="datasets", help="VOC2007, or a folder that holds it")
     add = parser.add_argument_group("SVMs").add_argument
-    add("--shots", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96],
-        help="numbers k of images with the class")
+    add("--shots", type=shots, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96],
+        help="numbers k of images with the class; all: all images, and a cost for each class")
     add("--samples", type=at_least(1, below=10_000), default=5, help="draws for each k")
     add("--costs", type=at_least(1e-9, float, 1e6), nargs="+",
         default=[2 ** n for n in range(-19, -3)] + [1, 10, 100],
@@ -87,11 +96,14 @@ def draw_shots(y, k, rest, seed):
     return np.append(positive[:k], negative[:k * rest])
 
 
-def average_precision(scores, truth):
-    """Of scores [N] for truth [N], bool: mean over the true of the best precision at no lower recall."""
+def average_precision(scores, truth, interpolated=True):
+    """Of scores [N] for truth [N], bool: mean over the true of the best precision at no lower recall.
+
+    interpolated: False takes the precision at each recall itself, as scikit-learn does.
+    """
     positive = np.sort(scores[truth])                           # each a threshold, highest recall first
     hits, chosen = (len(x) - np.searchsorted(x, positive) for x in (positive, np.sort(scores)))
-    return np.maximum.accumulate(hits / chosen).mean()
+    return (np.maximum.accumulate(hits / chosen) if interpolated else hits / chosen).mean()
 
 
 def fit_svm(gram, y, costs):
@@ -105,11 +117,51 @@ def fit_svm(gram, y, costs):
     for cost in costs:
         for i in range(1000):
             c = cost * np.where(y > 0, 2, 1) * (y * (gram @ beta) < 1)            # 0 outside the margin
-            target = np.linalg.solve(2 * c[:, None] * gram + np.eye(len(y)), 2 * c * y)
+            inside, target = c > 0, np.zeros(len(y))
+            matrix = gram[np.ix_(inside, inside)] + np.diag(0.5 / c[inside])
+            target[inside] = np.linalg.solve(matrix, y[inside])
             beta = beta + (target - beta) / (1 + i // 10)       # only whole steps could go in circles
-            if np.array_equal(y * (gram @ target) < 1, c > 0):                    # target is the minimum
+            if np.array_equal(y * (gram @ target) < 1, inside):                   # target is the minimum
                 break
         yield target
+
+
+# ---------------------------------------------------------------- all images
+def folds_of(y):
+    """Fold 0, 1 or 2 of each image, in their order, with equal shares of both labels [N], 1 and -1.
+
+    As scikit-learn's StratifiedKFold(3): a class goes on with the fold where the first image's class ended.
+    """
+    folds, end = np.empty(len(y), int), 0
+    for label in (y[0], -y[0]):
+        start, end = end, end + np.count_nonzero(y == label)
+        folds[y == label] = np.sort(np.arange(start, end) % FOLDS)
+    return folds
+
+
+def cross_validate(gram, y, costs):
+    """For each cost the mean AP of the folds, each by an SVM of the other two; gram: [N, N], y: [N]."""
+    folds, aps = folds_of(y), np.zeros((FOLDS, len(costs)))
+    for fold in range(FOLDS):
+        rest, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        for i, beta in enumerate(fit_svm(gram[np.ix_(rest, rest)], y[rest], costs)):
+            scores = gram[np.ix_(held, rest)] @ beta
+            aps[fold, i] = average_precision(scores, y[held] == 1, interpolated=False)
+    return aps.mean(0)
+
+
+def learn_from_all(gram, y, test_y, costs):
+    """APs on the test images and the costs that cross-validation chose, two lists, by class.
+
+    gram: [all images, the N to learn from]; y: [N, C], test_y: [test images, C]. Where all objects of a class
+    are difficult (0), the released code learns that it is not there, and does not test.
+    """
+    N, aps, chosen = len(y), [], []
+    for labels, truth in zip(np.where(y == 1, 1, -1).T, test_y.T, strict=True):
+        chosen.append(costs[cross_validate(gram[:N], labels, costs).argmax()])
+        beta, test = next(fit_svm(gram[:N], labels, chosen[-1:])), np.flatnonzero(truth)
+        aps.append(average_precision(gram[N + test] @ beta, truth[test] == 1))
+    return aps, chosen
 
 
 def main(args):
@@ -129,7 +181,8 @@ def main(args):
         parts.append(ImageSet(None, torch.from_numpy(labels), None, paths))
     rest = parts[0].labels.shape[1] - 1                         # 19: as many negatives for each positive
     most = most_shots(parts[0].labels, rest)
-    if max(args.shots) > most:
+    numbers = [k for k in args.shots if k != "all"]
+    if max(numbers, default=0) > most:
         raise UserError(f"--shots: must be 1 to {most} with these images")
     out = make_evaluation_folder(args.output_dir)
 
@@ -137,8 +190,10 @@ def main(args):
     x = read_features(parts, lambda images: read(images)[args.depth - 1], *input_of(config), args.device)
     y, test_y = (part.readable().labels.numpy() for part in parts)                # [N of the part, C]
     num_broken = len(parts[0]) + len(parts[1]) - len(x)
-    if max(args.shots) > most_shots(y, rest):
+    if max(numbers, default=0) > most_shots(y, rest):
         raise UserError(f"--shots: must be at most {most_shots(y, rest)}, as many as can be read")
+    if "all" in args.shots and (y == 1).sum(0).min() < FOLDS:
+        raise UserError(f"--shots all: needs {FOLDS} images with each class, one for each fold")
     gram = (x.double() @ x[:len(y)].double().T + 1).numpy()     # [all images, those of trainval]
     if not np.isfinite(gram).all():
         raise UserError(f"{args.checkpoint}: features contain NaN or infinity; use an earlier checkpoint")
@@ -148,7 +203,12 @@ def main(args):
     # ---------------------------------------------------------------- SVMs
     metrics = dict(vars(args), feature=depths[args.depth - 1], dim=x.shape[1], num_broken=num_broken,
                    shots={})
-    for k in args.shots:
+    if "all" in args.shots:
+        aps, chosen = learn_from_all(gram, y, test_y, args.costs)
+        metrics["shots"]["all"] = dict(map=np.mean(aps), aps=aps, costs=chosen)
+        costs = " ".join(f"{cost:g}" for cost in chosen)
+        to_stdout(f"  all images   mAP {np.mean(aps):.4f}   costs {costs}")
+    for k in numbers:
         aps = np.zeros((args.samples, len(args.costs)))
         for sample, c in np.ndindex(args.samples, rest + 1):
             drawn = draw_shots(y[:, c], k, rest, [args.seed, 7, k, sample, c])

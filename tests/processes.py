@@ -36,6 +36,7 @@ STAGES = {                       # flags of a run of 24 steps or 33; {network} i
     "distill": "--teacher {network} --batch-size 40 --epochs 2 --queue-size 120 --num-local 1",
     "lincls": "--checkpoint {network} --batch-size 40 --epochs 3 --lrs 0.3 3",
     "semisup": "--checkpoint {network} --batch-size 32 --epochs 3 --label-fraction 0.5",
+    "finetune": "--checkpoint {network} --data fake --batch-size 32 --steps 24",
 }
 OFTEN = "--print-every 2 --save-every 3"
 PATIENCE = 1800                  # seconds for what takes a few, as the machine may be doing other work

@@ -73,6 +73,8 @@ def drawn(stage, number, files, out):
     flags = {"--output-dir" if stage != "export" else "--output": [str(out)]}
     if "data" in actions and rng.random() < 0.9 and stage in ("pretrain", "barlow"):
         flags["--data"] = ["fake"]
+    if stage == "finetune":
+        flags |= {"--data": ["fake"], "--steps": ["8"]}         # its own need longer
     if "batch_size" in actions:
         flags["--batch-size"] = [rng.choice(("2", "16", "32"))]
     for action in actions.values():
@@ -104,8 +106,9 @@ def outcome(stage, words, out, capfd):
     try:
         cli.launch(script.main, script.get_parser(), words)
     except Started:
-        json.loads((out / "config.json").read_text())
-        assert (out / "log.jsonl").exists() and not list(out.glob("*.tmp"))
+        config, = out.rglob("config.json")                      # of a grid, in the folder of its first run
+        json.loads(config.read_text())
+        assert config.with_name("log.jsonl").exists() and not list(out.rglob("*.tmp"))
         return "started"
     except SystemExit as stop:
         said, code = capfd.readouterr(), stop.code or 0

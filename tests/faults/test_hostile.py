@@ -42,7 +42,8 @@ STAGES = {   # flags of a short run; {sound} is the checkpoint of pretrain's
     "selflabel": "--checkpoint {sound} --batch-size 256 --epochs 1",
     "distill": "--teacher {sound} --batch-size 256 --epochs 1 --queue-size 256",
     "lincls": "--checkpoint {sound} --batch-size 256 --epochs 1 --lrs 0.1",
-    "semisup": "--checkpoint {sound} --batch-size 64 --epochs 1 --label-fraction 0.25"}
+    "semisup": "--checkpoint {sound} --batch-size 64 --epochs 1 --label-fraction 0.25",
+    "finetune": "--checkpoint {sound} --data fake --batch-size 64 --steps 4"}
 ENTRIES = {   # every way for a file into a stage; {file} is that file, {out} a folder of its own
     **{name: f"{name}.py {flags.format(sound='{file}')} --output-dir {{out}}"
        for name, flags in STAGES.items() if "{sound}" in flags},

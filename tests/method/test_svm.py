@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import metrics_of, run, saved_network
 from sklearn.datasets import load_sample_image
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 from torchvision.transforms.functional import resize
 
@@ -19,7 +21,7 @@ import svm
 from data import read_picture
 from lincls import pool_depth
 from model import build_backbone
-from svm import average_precision, fit_svm, read_voc
+from svm import average_precision, cross_validate, fit_svm, folds_of, read_voc
 
 COLOURS = {"cow": (200, 40, 40), "dog": (40, 180, 40), "train": (40, 40, 200), "cat": (200, 200, 40)}
 FLAGS = "--shots 1 4 --samples 3 --costs 0.01 1 100"
@@ -104,6 +106,41 @@ def test_average_precision_against_the_definition():
         rng = np.random.default_rng(seed)
         scores, truth = rng.integers(-9, rng.integers(-7, 99), 60).astype(float), rng.random(60) < 0.3
         assert average_precision(scores, truth) == pytest.approx(naive_ap(scores, truth), abs=1e-12)
+
+
+def test_average_precision_of_scikit_learn_is_not_interpolated():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        scores, truth = rng.integers(-9, rng.integers(-7, 99), 60).astype(float), rng.random(60) < 0.3
+        found = average_precision(scores, truth, interpolated=False)
+        assert found == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
+        assert found <= average_precision(scores, truth)
+    scores, truth = np.array([3.0, 2, 1]), np.array([False, True, True])
+    assert average_precision(scores, truth, interpolated=False) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+# ---------------------------------------------------------------- costs by cross-validation
+@pytest.mark.parametrize("n, share", [(60, 0.3), (61, 0.1), (62, 0.05), (100, 0.9)])
+def test_folds_are_scikit_learns(n, share):
+    for seed in range(20):
+        y = np.where(np.random.default_rng(seed).random(n) < share, 1, -1)
+        y[seed % n], y[-3:] = 1, (1, 1, -1)
+        for fold, (_, held) in enumerate(StratifiedKFold(3).split(np.zeros(n), y)):
+            assert np.flatnonzero(folds_of(y) == fold).tolist() == held.tolist()
+
+
+def test_cross_validation_is_scikit_learns():
+    """The released code's call, with a smaller tolerance."""
+    x, y = problem(3, 90, 6, 0.5)
+    x, y = x[::-1], y[::-1]                             # the first image is a negative one
+    costs = [0.5 ** 12, 0.01, 1.0, 100.0]
+    expected = []
+    for cost in costs:
+        svc = LinearSVC(loss="squared_hinge", tol=1e-9, C=cost, class_weight={1: 2, -1: 1},
+                        max_iter=5_000_000)
+        expected.append(cross_val_score(svc, x, y, cv=3, scoring="average_precision").mean())
+    assert len({round(ap, 4) for ap in expected}) > 2
+    np.testing.assert_allclose(cross_validate(x @ x.T + 1, y, costs), expected, atol=1e-6)
 
 
 # ---------------------------------------------------------------- a small VOC
@@ -220,6 +257,27 @@ def test_as_a_user_runs_it_and_by_hand(start, network, voc, tmp_path):
         assert [each[str(k)]["map"] for each in alone] == pytest.approx(list(aps.mean(0)), abs=1e-3)
 
 
+def test_all_images_with_a_cost_for_each_class(start, network, voc, tmp_path):
+    """The released protocol with scikit-learn; difficult objects are learnt as absent, and are not tested."""
+    out, _ = start("--shots all 1 --costs 0.001 0.1 10")
+    metrics = metrics_of(tmp_path / "out")["shots"]
+    assert list(metrics) == ["all", "1"] and f"all images   mAP {metrics['all']['map']:.4f}" in out
+    y, test_y = labels_by_hand(voc, "trainval"), labels_by_hand(voc, "test")
+    x, test_x = (features_by_hand(network, voc, part) for part in ("trainval", "test"))
+    costs, aps = [], []
+    for c in range(4):
+        labels = np.where(y[:, c] == 1, 1, -1)
+        svcs = [LinearSVC(loss="squared_hinge", tol=1e-9, C=cost, class_weight={1: 2, -1: 1},
+                          max_iter=5_000_000) for cost in (0.001, 0.1, 10)]
+        scores = [cross_val_score(svc, x, labels, cv=3, scoring="average_precision").mean() for svc in svcs]
+        costs.append((0.001, 0.1, 10)[np.argmax(scores)])
+        easy, svc = test_y[:, c] != 0, svcs[np.argmax(scores)].fit(x, labels)
+        aps.append(naive_ap(svc.decision_function(test_x[easy]), test_y[easy, c] == 1))
+    assert metrics["all"]["costs"] == costs and len(set(costs)) > 1
+    assert metrics["all"]["aps"] == pytest.approx(aps, abs=1e-3)
+    assert metrics["all"]["map"] == pytest.approx(np.mean(aps), abs=1e-3) and (y == 0).sum() > 10
+
+
 def test_draws(start, monkeypatch):
     """Of each class k positives and 19 k negatives (of four classes 3 k), other ones in each draw."""
     drawn, fit = [], svm.fit_svm
@@ -286,6 +344,7 @@ def test_other_networks_and_depths(start, voc, tmp_path):
 @pytest.mark.parametrize("flags, names", [
     ("--data none", "--data none: needs"), ("--shots 40", "--shots: must be 1 to"),
     ("--shots 0", "--shots: 0: must"), ("--shots one", "--shots: one: must"),
+    ("--shots all 40", "--shots: must be 1 to"),
     ("--samples 0", "--samples: 0: must"), ("--costs 1 0", "--costs: 0: must"),
     ("--costs nan", "--costs: nan: must"), ("--costs inf", "--costs: inf: must"),
     ("--depth 5", "--depth: must be 0 to 4"), ("--depth -1", "--depth: -1: must"),
@@ -350,3 +409,12 @@ def test_a_training_runs_folder_and_a_broken_network_are_refused(start, network,
     state["model"]["backbone.conv1.weight"][:] = torch.nan
     checkpoint.save_checkpoint(tmp_path / "nan.pth", state)
     assert "NaN" in start(f"--checkpoint {tmp_path}/nan.pth --output-dir {tmp_path}/other", code=2)[1]
+
+
+def test_too_few_images_for_three_folds_are_one_line(start, voc, tmp_path):
+    shutil.copytree(voc, tmp_path / "voc")
+    path = tmp_path / "voc/ImageSets/Main/cat_trainval.txt"
+    lines = [f"{line.split()[0]} {'01'[i < 2] if i < 5 else -1}\n" for i, line in enumerate(open(path))]
+    path.write_text("".join(lines))
+    _, err = start(f"--data {tmp_path}/voc --shots all", code=2)
+    assert err.count("\n") == 1 and "--shots all: needs 3 images with each class" in err

@@ -14,6 +14,7 @@ EVALUATIONS = (                            # each is given --checkpoint
     "knn.py --k 5 --workers 0 --output-dir {out}/knn",
     "lincls.py --epochs 1 --batch-size 8 --lrs 0.1 --workers 0 --output-dir {out}/lincls",
     "semisup.py --label-fraction 1 --epochs 1 --batch-size 8 --workers 0 --output-dir {out}/semisup",
+    "finetune.py --data {data} --steps 2 --batch-size 8 --workers 0 --output-dir {out}/finetune",
     "svm.py --data {data}/VOC2007 --shots 1 --samples 1 --costs 1 --output-dir {out}/svm",
     "embed.py --queries 2 --workers 0 --output-dir {out}/embed",
     "cluster_eval.py --kmeans 2 --kmeans-starts 1 --workers 0 --output-dir {out}/clusters",
@@ -50,6 +51,6 @@ def test_an_arch_goes_through_every_stage(arch, data, here, tmp_path):
     for command in EVALUATIONS:
         command = command.format(out=tmp_path, data=data, format="timm" if "vit" in arch else "torchvision")
         here(f"{command} --checkpoint {tmp_path}/network.pth")
-    for stage in ("knn", "lincls", "semisup", "svm", "embed", "clusters"):
+    for stage in ("knn", "lincls", "semisup", "finetune", "svm", "embed", "clusters"):
         assert metrics_of(tmp_path / stage), stage
     assert (tmp_path / "exported.pth").stat().st_size > 1000

@@ -31,6 +31,7 @@ FILES = {                        # besides those of every stage
     "distill": {"backbone.pth", "backbone.json"},
     "lincls": {"head.pth", "predictions.csv"},
     "semisup": {"backbone.pth", "backbone.json", "labels.txt", "predictions.csv"},
+    "finetune": {"backbone.pth", "backbone.json", "predictions.csv"},
 }
 
 
@@ -40,7 +41,8 @@ def test_stage_runs_to_its_end(stage, straight):
     first, *_, last = log_lines(out)
     total, epoch = first["config"]["total_steps"], first["config"]["steps_per_epoch"]
     assert first["command"] == f"python {stage}.py {flags} --output-dir {out}"
-    assert (total, epoch) == {"lincls": (33, 11), "semisup": (24, 8)}.get(stage, (24, 12))
+    sizes = {"lincls": (33, 11), "semisup": (24, 8), "finetune": (24, 24)}
+    assert (total, epoch) == sizes.get(stage, (24, 12))
     assert last == dict(step=total, status="done")
     steps = [entry["step"] for entry in losses(out)]
     assert steps == [step for step in range(1, total + 1) if step % 2 == 0 or step % epoch == 0]

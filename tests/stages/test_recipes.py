@@ -52,8 +52,16 @@ PUBLISHED = {
     "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07, interpolation="bilinear"),
     "barlow_twins_semisup_1": dict(FEW_LABELS, label_fraction=0.01, epochs=20, peak=0.002, head_lr=0.5),
     "barlow_twins_semisup_10": dict(FEW_LABELS, label_fraction=0.1, epochs=20, peak=0.002, head_lr=0.5),
+    "finetune": dict(steps=20000, batch_size=256, bn_momentum=0, resize_side=0, grid=True, min_scale=0.08,
+                     lrs=pytest.approx([10 ** (n / 2) for n in range(-8, -1)], rel=0.01),
+                     weight_decays=pytest.approx([0, *(10 ** (n / 2) for n in range(-12, -5))], rel=0.01)),
+    "finetune_short": dict(steps=5000, batch_size=64, bn_momentum=0.1, resize_side=224, grid=True,
+                           lrs=pytest.approx([1e-4, 1e-3, 1e-2, 1e-1]), min_scale=0.08,
+                           weight_decays=pytest.approx([0, 1e-6, 1e-5, 1e-4, 1e-3])),
     "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
                           costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
+    "voc07_svm": dict(depth=5, shots=["all"],
+                      costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
     "seed_efficientnet_b0": dict(SEED, arch="efficientnet_b0", teacher_arch="resnet50w2", epochs=800),
     "seed_mobilenet_v3_large": dict(SEED, arch="mobilenet_v3_large", teacher_arch="resnet50w2", epochs=800),
     "seed_resnet50": dict(SEED, arch="resnet50", teacher_arch="resnet50w4", epochs=400),
@@ -82,6 +90,7 @@ SMALL = {       # what makes a stage small enough for a test, and 512 pictures t
     "distill": "--arch resnet8 --teacher-arch resnet8 --image-size 16 --local-size 8 --batch-size 256 "
                "--queue-size 256 --epochs 1 --warmup-epochs 0 --amp off",
     "semisup": "--label-fraction 0.5 --batch-size 128 --epochs 1",
+    "finetune": "--data fake --lrs 0.1 --weight-decays 0 --steps 2 --batch-size 64",
 }
 
 
@@ -111,7 +120,7 @@ def test_numbers_are_the_published_ones(recipe):
     args["peak"] = rates[0] * args.get("batch_size", 0) / 256
     for key, value in PUBLISHED[recipe].items():
         assert args[key] == (pytest.approx(value) if isinstance(value, float) else value), key
-    assert len(rates) == 1
+    assert len(rates) == 1 or args["grid"]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +138,8 @@ ALIKE = [recipe for recipe in TRAINED               # they differ from another i
 
 
 def test_a_recipe_that_trains_nothing(here, networks, tmp_path):
-    """The recipe of svm.py needs VOC; test_svm.py makes a small one."""
-    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot"}
+    """The recipes of svm.py need VOC; test_svm.py makes a small one."""
+    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot", "voc07_svm"}
     here(f"knn.py @{RECIPES['barlow_twins_knn']} --checkpoint {networks['resnet8']} --output-dir {tmp_path}")
     assert (tmp_path / "metrics.json").exists()
 
@@ -147,4 +156,6 @@ def test_two_steps(recipe, here, networks, tmp_path):
     else:
         command += f" --{'teacher' if stage == 'distill' else 'checkpoint'} {networks[arch]}"
     here(command)
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
+    saved = sorted(tmp_path.rglob("checkpoint.pth"))             # of a grid of one run: two
+    assert len(saved) == 1 + (stage == "finetune")
+    assert all(torch.load(path, weights_only=True)["step"] == 2 for path in saved)

@@ -310,7 +310,8 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, mon
         assert "Not here" in page.texts[ident]
     commands = set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["scores"]))
     assert commands >= set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["map"])) > set()
-    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - {"svm", "transfer"}
+    of_other_data = {"svm", "transfer", "finetune"}
+    assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - of_other_data
     for command in commands:
         _, script, *words = shlex.split(command)
         args = parse_args(__import__(script[:-3]).get_parser(), words)
@@ -438,6 +439,12 @@ def test_comparison(report, trained, copy):
 def test_scores_of_svms_and_of_unknown_evaluations(tmp_path):
     svm = Evaluation(tmp_path, "svm", {"shots": {"1": {"map": 0.5}, "8": {"map": 0.7}}})
     assert [value for _, value, _ in svm.scores()] == [0.5, 0.7]
+    svm = Evaluation(tmp_path, "svm", {"shots": {"all": {"map": 0.8}}})
+    assert list(svm.scores()) == [("SVM, all images, mAP", 0.8, None)]
+    for part in ("test", "validation"):
+        tuned = {"metric": "top-1", "data": "mnist", "random_init": True, part: 0.9, f"num_{part}": 7}
+        assert list(Evaluation(tmp_path, "finetune", tuned).scores()) == [
+            ("from scratch on mnist, top-1", 0.9, 7)]
     found = {"pets": {"metric": "mean per class", "test": 0.9, "num_test": 3669}}
     transfer = Evaluation(tmp_path, "transfer", {"sets": found})
     assert list(transfer.scores()) == [("transfer to pets, mean per class", 0.9, 3669)]
