@@ -31,7 +31,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
+from data import (
+    Batches,
+    eval_batches,
+    folder_flags,
+    folder_options,
+    hold_out,
+    input_of,
+    labelled,
+    num_workers,
+    own_group,
+)
 from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
@@ -247,7 +257,7 @@ def main(args):
     labels_sha256 = hashlib.sha256(indices.numpy()).hexdigest()
     config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False), data=data,
                                image_size=size, mean=mean, std=std)        # what backbone.json says
-    config |= dict(pictures=whole.files, labels_sha256=labels_sha256)
+    config |= dict(folder_options(args, source), pictures=whole.files, labels_sha256=labels_sha256)
     run = Run(args, "semisup", device, total_steps, batches.steps_per_epoch, config)
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(

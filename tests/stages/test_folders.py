@@ -55,6 +55,16 @@ def test_evaluations_take_the_parts_and_classes_of_the_training(photos, here, tm
     assert {name: config[name] for name in options} == options and config["pictures"] == train.files
 
 
+def test_a_fine_tuned_backbone_says_what_it_was_trained_on(photos, here, tmp_path):
+    (tmp_path / "names.txt").write_text("green\nblue\n")
+    network = saved_network(tmp_path / "network.pth", "--data fake --image-size 16")
+    here(f"semisup.py --checkpoint {network} --data {photos} --val-share 0.3 --classes {tmp_path}/names.txt "
+         f"--label-fraction 1 --batch-size 16 --epochs 1 --workers 0 --output-dir {tmp_path}/run")
+    here(f"knn.py --checkpoint {tmp_path}/run/backbone.pth --k 5 --workers 0 --output-dir {tmp_path}/knn")
+    found = metrics_of(tmp_path / "knn")
+    assert found["num_train"] + found["num_test"] == 60
+
+
 def test_without_a_share_all_pictures_are_in_every_part(photos, here, tmp_path):
     network = saved_network(tmp_path / "network.pth", f"--data {photos} --image-size 16")
     flags = f"--checkpoint {network} --workers 0 --output-dir {tmp_path}/out"
