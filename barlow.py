@@ -40,8 +40,8 @@ def get_parser():
     add("--data", default="fashion-mnist",
         help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or list of files")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
-        "it and mnist, barlow for others")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
+        "like fashion-mnist and mnist for these sets, barlow for others")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,

@@ -54,7 +54,7 @@ from run import Run
 from semisup import draw_labels
 from transfer import METRICS
 from transfer_sets import HELD_OUT, SETS, checksum, read_set
-from views import Views
+from views import Views, mirrored
 
 
 def get_parser():
@@ -189,7 +189,7 @@ def train_once(args, loaded, last=True):
         scored, part, train = "test", test, join(train, val)
     check(args, size, train, part, world_size)
     metric = SETS[args.data].metric if args.data in SETS else "top-1"
-    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation)
+    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(args.data))
     views = Views([(size, crop)], mean, std)
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
 

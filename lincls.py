@@ -32,7 +32,7 @@ from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
 from pretrained import load_network, network_flags
 from run import Run
-from views import Views
+from views import Views, mirrored
 
 # Feature1 to 5, stem and stages of a ResNet at 224 pixels (Goyal et al. 2019; MMSelfSup 0.x): side of the
 # map, kernel, stride and padding of the average over it, places left, so that each has about 9,000 numbers
@@ -244,7 +244,7 @@ def main(args):
     mine = slice(rank, None, world_size)     # which images of a set this process evaluates
     my_held, my_test = held.subset(mine), test.subset(mine)
     jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if args.jitter else {}
-    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, **jitter)
+    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(data), **jitter)
     views = Views([(size, crop)], mean, std)
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch

@@ -39,8 +39,8 @@ def get_parser():
     add("--checkpoint", required=True, help="checkpoint of pretrain.py; its network is trained further")
     add("--data", help="a data set, folder or list of pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: fashion-mnist for "
-        "it and mnist; for others selflabel with local crops, barlow without")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
+        "like fashion-mnist and mnist for these sets; for others selflabel with local crops, barlow without")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,

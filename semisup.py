@@ -47,7 +47,7 @@ from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
 from pretrained import load_network, network_flags
 from run import Run
-from views import Views
+from views import Views, mirrored
 
 
 def get_parser():
@@ -227,7 +227,7 @@ def main(args):
     few = whole.subset(indices)
     train, held = map(few.subset, hold_out(few.labels, args.held_out, args.seed))
     check(args, train, held, test, world_size)
-    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation)
+    crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(data))
     views = Views([(size, crop)], mean, std)
     batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
     total_steps = args.epochs * batches.steps_per_epoch

@@ -43,6 +43,7 @@ VIEWS = {                        # published recipes: first global crop, second,
     "fashion-mnist": (dict(scale=(0.55, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True),) * 2 + (
         dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0), jitter_each=True),),
 }
+VIEWS["mnist"] = tuple(view | dict(flip=0) for view in VIEWS["fashion-mnist"])    # a mirrored digit is none
 
 
 def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, min_scale=0,
@@ -74,11 +75,16 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
     return Views(views, mean, std)
 
 
+def mirrored(data):
+    """Share of the images of a data set that a random crop mirrors: none of digits."""
+    return 0.0 if data == "mnist" else 0.5
+
+
 def pick_views(name, data, published):
-    """The recipe for --views `name`. auto: our own for small gray sets, else the stage's `published` one."""
+    """The recipe for --views `name`; auto: our own for embedded sets, else the stage's `published` one."""
     if name != "auto":
         return name
-    return "fashion-mnist" if data in ("fashion-mnist", "mnist") else published
+    return data if data in ("fashion-mnist", "mnist") else published
 
 
 class Views(nn.Module):
