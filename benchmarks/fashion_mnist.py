@@ -1,6 +1,6 @@
 """Fashion-MNIST: every stage with several seeds, compared with raw pixels. The same command resumes.
 
-    python benchmarks/fashion_mnist.py                                 everything, about 110 runs
+    python benchmarks/fashion_mnist.py                                 everything, about 150 runs
     python benchmarks/fashion_mnist.py --recipes classes --seeds 0 1   the default run, 2 seeds, all roundings
 
 A run is a line of OUTPUT_DIR/results.csv. What finds classes runs with 10 seeds, 1 and 2 threads and each
@@ -43,6 +43,7 @@ from pretrained import load_twist  # noqa: E402
 
 RECIPES = {       # name: (the recipe whose network it starts from, command)
     "classes": (None, ["pretrain.py"]),
+    "one network": (None, ["pretrain.py", "--arch", "resnet8_2x2", "--restarts", "1"]),
     "representation": (None, ["pretrain.py", "@recipes/fashion_mnist_representation.txt"]),
     "self-labelled": ("classes", ["selflabel.py", "@recipes/fashion_mnist_selflabel.txt"]),
     "linear": ("representation", ["lincls.py", "@recipes/fashion_mnist_lincls.txt"]),
@@ -53,7 +54,7 @@ RECIPES = {       # name: (the recipe whose network it starts from, command)
     "10 % from scratch": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt",
                                              "--lr", "0.03", "--random-init"]),
 }
-FIND_CLASSES = ("classes", "self-labelled")
+FIND_CLASSES = ("classes", "one network", "self-labelled")
 SEEDS_OF_THE_REST = 5
 ALL_ROUNDINGS = ["default", "avx2", "avx512"]
 KEY = ("recipe", "seed", "threads", "rounding")
