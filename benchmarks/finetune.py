@@ -1,6 +1,6 @@
 """Fine-tuning on few labels of MNIST: from Fashion-MNIST's network, and the same network from scratch.
 
-    python benchmarks/finetune.py                       3 seeds, 30 runs; the same command resumes
+    python benchmarks/finetune.py                       3 seeds, 36 runs; the same command resumes
     python benchmarks/finetune.py --seeds 0 --label-fraction 1
 
 Each seed draws the images with labels. The grid of finetune.py chooses the learning rate for each start, on a
@@ -29,8 +29,8 @@ def main(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--label-fraction", type=float, default=0.25, help="of 4,000 images; default: 0.25")
     add("--steps", type=int, default=200, help="default: 200")
-    add("--lrs", nargs="+", default=["0.01", "0.03", "0.1", "0.3"],
-        help="default: 0.01 0.03 0.1 0.3")
+    add("--lrs", nargs="+", default=["0.01", "0.03", "0.1", "0.3", "1"],
+        help="default: 0.01 0.03 0.1 0.3 1")
     add("--output-dir", default="runs/finetune_benchmark", help="default: runs/finetune_benchmark")
     args = parser.parse_args(argv)
     rows = {start: [] for start in STARTS}
