@@ -7,7 +7,7 @@
 Features are of whole pictures: the shorter side has the size of the network's input, and the middle is taken.
 Of 45 strengths of L2 regularisation, the one that does best on validation images is fitted anew on training
 and validation images together, and tested once. The table of the sets is in transfer_sets.py.
-The first command takes about 10 seconds of one CPU core; its top-1 accuracy is 0.897.
+The first command takes about 15 seconds of one CPU core; its top-1 accuracy is 0.897.
 """
 
 import argparse
