@@ -34,25 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import (
-    Batches,
-    eval_batches,
-    folder_flags,
-    folder_options,
-    hold_out,
-    input_of,
-    labelled,
-    num_workers,
-    own_group,
-)
-from knn import extract_features
+from data import Batches, folder_flags, folder_options, hold_out, input_of, labelled, num_workers, own_group
 from model import build_backbone
 from optim import cosine
-from predictions import UNREADABLE, gather, write_predictions
+from predictions import UNREADABLE, write_predictions
 from pretrained import load_network, network_flags
 from run import Run
 from semisup import draw_labels
-from transfer import METRICS
+from transfer import METRICS, features_of
 from transfer_sets import HELD_OUT, SETS, checksum, read_set
 from views import Views, mirrored
 
@@ -126,11 +115,7 @@ def read_parts(args, source):
         if any(folder_options(args).values()):
             raise UserError(f"--data {args.data}: has parts and classes of its own; leave --val-share, "
                             "--group-names and --classes out")
-        try:
-            train, val, test = read_set(args.data, args.data_dir, args.seed).values()
-        except UserError as error:               # which names the flag of transfer.py
-            problem = str(error).replace("--datasets", "--data", 1)
-            raise UserError(f"{problem}") from None
+        train, val, test = read_set(args.data, args.data_dir, args.seed, flag="--data").values()
     else:
         whole, test = labelled(args, source)
         train, val = map(whole.subset, hold_out(whole.labels, HELD_OUT, args.seed))
@@ -258,9 +243,7 @@ def train_once(args, loaded, last=True):
     if world_size > 1:                       # batch norms of rank 0, as in the checkpoint
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    mine = part.subset(slice(rank, None, world_size))
-    scores = extract_features(network, eval_batches(mine, source, device, args.batch_size, args.workers))
-    scores = gather(scores.to(device), part, world_size).cpu()                    # [N, C]
+    scores = features_of(part, network, source, args, device, rank, world_size)                   # [N, C]
     readable = (scores != UNREADABLE).any(1)
     value = float(METRICS[metric](scores[readable].numpy(), part.labels[readable].numpy()))
     if rank == 0 and part.labels.dim() == 1:

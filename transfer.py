@@ -99,7 +99,7 @@ METRICS = {"top-1": top_1, "mean per class": mean_per_class, "11-point mAP": map
 
 # ---------------------------------------------------------------- features
 def features_of(part, backbone, config, args, device, rank, world_size):
-    """Features [N, D] of all images of a part, on the CPU; rows of UNREADABLE for broken ones.
+    """What the backbone makes of all images of a part [N, D], on the CPU; rows of UNREADABLE for broken ones.
 
     Each of the processes computes those of its images, rank::world_size.
     """
@@ -147,8 +147,7 @@ def line_of(name, result):
     """A result in one line."""
     return (f"  {name:<11s}{SETS[name].metric} {result['test']:.4f}   lambda {result['lambda']:.3g} "
             f"(validation {result['validation']:.4f}); {result['num_train']:,} images to fit, "
-            f"{result['num_test']:,} to test; "
-            f"{result['converged']} of {result['fits']} fits converged")
+            f"{result['num_test']:,} to test; {result['converged']} of {result['fits']} fits converged")
 
 
 def table(results):

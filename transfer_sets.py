@@ -153,12 +153,12 @@ TABLE_4 = [name for name in SETS if name != "mnist"]
 
 
 # ---------------------------------------------------------------- a set, checked
-def read_set(name, data_dir, seed=0, source=None):
+def read_set(name, data_dir, seed=0, source=None, flag="--datasets"):
     """{train, val, test} of a set in SETS: ImageSets with labels int64 [N], of voc07 [N, 20].
 
     source: the row of SETS that it must equal. Where that has no validation images, HELD_OUT of each class's
-    training images are drawn by the seed (data.hold_out). Raises UserError, one line, for missing or damaged
-    lists, missing pictures, and for other numbers of images or classes than the row's.
+    training images are drawn by the seed (data.hold_out). Raises UserError, one line that begins with the
+    flag, for missing or damaged lists, missing pictures, other numbers of images or classes than the row's.
     """
     source, parts = source or SETS[name], {}
     place = f"place {source.where} in --data-dir {data_dir}"
@@ -166,21 +166,21 @@ def read_set(name, data_dir, seed=0, source=None):
         try:
             parts[part] = source.read(data_dir, part, seed)
         except FileNotFoundError as error:
-            raise UserError(f"--datasets {name}: there is no {error.filename}; {place}") from None
+            raise UserError(f"{flag} {name}: there is no {error.filename}; {place}") from None
         except UserError as error:               # "--data NAME: what is wrong" of data.py and svm.py
             reason = str(error).partition(": ")[2]
-            raise UserError(f"--datasets {name}: {reason}" + f"; {place}" * ("; " not in reason)) from None
+            raise UserError(f"{flag} {name}: {reason}" + f"; {place}" * ("; " not in reason)) from None
         except Exception as error:               # a damaged file makes json and scipy raise anything
             said = printable(str(error) or type(error).__name__)[:100]
-            raise UserError(f"--datasets {name}: cannot read which are its {PARTS[part]} ({said}); fetch it "
+            raise UserError(f"{flag} {name}: cannot read which are its {PARTS[part]} ({said}); fetch it "
                             f"again and {place}") from None
     for part in parts:
         problem = _problem(part, parts, source)
         if problem:
-            raise UserError(f"--datasets {name}: {problem}, so it is not whole; fetch it again and {place}")
+            raise UserError(f"{flag} {name}: {problem}, so it is not whole; fetch it again and {place}")
     parts = _number_classes(parts)
     if count_overlap(parts["train"], parts["test"]):
-        raise UserError(f"--datasets {name}: there are training images among its test images; fetch it again "
+        raise UserError(f"{flag} {name}: there are training images among its test images; fetch it again "
                         f"and {place}")
     if not source.val:
         kept, held = hold_out(parts["train"].labels, HELD_OUT, seed)

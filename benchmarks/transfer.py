@@ -14,6 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import sklearn
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def scikit_learn(x, y, strengths):
             warnings.simplefilter("ignore")                               # of no convergence
             model.fit(x.numpy(), y.numpy())
         found.append((model.coef_.copy(), model.intercept_.copy(), model.n_iter_[0] < 100))
-    return [torch.tensor(part) for part in zip(*found, strict=True)]
+    return [torch.from_numpy(np.array(part)) for part in zip(*found, strict=True)]
 
 
 def main(args):
