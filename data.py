@@ -96,7 +96,7 @@ class ImageSet:
         most = max(MOST_BROKEN, total // ONE_IN)
         to_stderr(f"warning: {error}; {count:,} of {total:,} so far, above {most:,} the run stops")
         if count > most:
-            raise UserError(f"--data: {count:,} of {total:,} pictures cannot be read, more than {most:,}; "
+            raise UserError(f"{count:,} of {total:,} pictures cannot be read, more than {most:,}; "
                             "each is named above: repair or remove them")
 
     @property

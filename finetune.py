@@ -35,13 +35,14 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, folder_flags, folder_options, hold_out, input_of, labelled, num_workers, own_group
+from knn import features_of
 from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, write_predictions
 from pretrained import load_network, network_flags
 from run import Run
 from semisup import draw_labels
-from transfer import METRICS, features_of
+from transfer import METRICS
 from transfer_sets import HELD_OUT, SETS, checksum, read_set
 from views import Views, mirrored
 
@@ -243,7 +244,7 @@ def train_once(args, loaded, last=True):
     if world_size > 1:                       # batch norms of rank 0, as in the checkpoint
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    scores = features_of(part, network, source, args, device, rank, world_size)                   # [N, C]
+    scores = features_of(part, network, source, device, args.batch_size, args.workers)            # [N, C]
     readable = (scores != UNREADABLE).any(1)
     value = float(METRICS[metric](scores[readable].numpy(), part.labels[readable].numpy()))
     if rank == 0 and part.labels.dim() == 1:

@@ -3,6 +3,7 @@
     python knn.py --checkpoint weights/fashion-mnist.pth                 on the GPU if there is one, else CPU
     python knn.py --checkpoint runs/pretrain/checkpoint.pth --k 20 --temperature 0.1 --device cpu
     python knn.py --checkpoint resnet50.pth --arch resnet50 --data IMAGENET       weights of another project
+    torchrun --nproc-per-node 8 knn.py --checkpoint runs/pretrain/checkpoint.pth  they share the features
 
 Features are the backbone's, in evaluation mode. The k nearest training images (cosine similarity) vote with
 weight exp(similarity / T). No training, so it is a quick check.
@@ -10,15 +11,19 @@ The first command takes less than 2 minutes of one CPU core; its top-1 accuracy 
 """
 
 import argparse
+import datetime
 import json
+import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from checkpoint import UserError, to_stderr, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import evaluate
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
+from predictions import UNREADABLE, gather
 from pretrained import load_network, network_flags
 from run import make_evaluation_folder
 
@@ -39,8 +44,9 @@ def get_parser():
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/knn", help="folder for everything written")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
-    add("--batch-size", type=at_least(1), default=512, help="images per forward pass")
+    add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
+    add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
 
 
@@ -55,6 +61,17 @@ def extract_features(backbone, batches):
     features = [backbone(x).float().cpu() for x in batches]
     backbone.train(was_training)
     return torch.cat(features)
+
+
+def features_of(part, backbone, config, device, batch_size, workers):
+    """What the backbone makes of all images of a part [N, D], on the CPU; rows of UNREADABLE for broken ones.
+
+    If there are several processes, each computes those of its images, rank::world_size.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = part.subset(slice(rank, None, world_size))
+    rows = extract_features(backbone, eval_batches(mine, config, device, batch_size, workers))
+    return gather(rows.to(device), part, world_size).cpu()
 
 
 def nearest_neighbours(train_features, features, k, chunk=1024, train_chunk=32768):
@@ -152,10 +169,17 @@ def scores_to_watch(network, train, test, config, device, k=20):
 
 
 def main(args):
+    # ---------------------------------------------------------------- ddp: torchrun sets these variables
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+
     # ---------------------------------------------------------------- model
     backbone, config = load_network(args)
     config["interpolation"] = args.interpolation         # of eval_batches
-    backbone.to(args.device)
+    backbone.to(device)
 
     # ---------------------------------------------------------------- data
     train, test = labelled(args, config)
@@ -164,17 +188,28 @@ def main(args):
                         "that many")
     out = make_evaluation_folder(args.output_dir)
 
-    # ---------------------------------------------------------------- eval
-    train_features, features = (extract_features(backbone, eval_batches(
-        part, config, args.device, args.batch_size, args.workers)) for part in (train, test))
+    # ---------------------------------------------------------------- features, shared by the processes
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(seconds=args.timeout))
+    train_features, features = (features_of(part, backbone, config, device, args.batch_size, args.workers)
+                                for part in (train, test))
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:                                         # the first process finds the neighbours alone
+        return
     num_images = len(train) + len(test)
-    train, test = train.readable(), test.readable()
+    readable, test_readable = ((x != UNREADABLE).any(1) for x in (train_features, features))
+    train_features, features = train_features[readable], features[test_readable]
+    train, test = train.subset(readable), test.subset(test_readable)
     num_broken = num_images - len(train) - len(test)
+
+    # ---------------------------------------------------------------- eval
     if max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: only {len(train)} training images can be read; choose at most "
                         "that many")
     try:
-        similarity, index = nearest_neighbours(train_features, features.to(args.device), max(args.k))
+        similarity, index = nearest_neighbours(train_features, features.to(device), max(args.k))
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
     neighbour_labels = train.labels[index.cpu()]                                          # [N, max k]

@@ -22,11 +22,10 @@ import torch.distributed as dist
 
 from checkpoint import UserError, read_file, say_once, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import eval_batches
-from knn import extract_features
+from knn import features_of
 from lincls import fingerprint
 from logistic import fit_logistic
-from predictions import UNREADABLE, gather
+from predictions import UNREADABLE
 from pretrained import load_network, network_flags
 from run import make_evaluation_folder, refuse_difference
 from transfer_sets import SETS, TABLE_4, checksum, read_set
@@ -98,16 +97,6 @@ METRICS = {"top-1": top_1, "mean per class": mean_per_class, "11-point mAP": map
 
 
 # ---------------------------------------------------------------- features
-def features_of(part, backbone, config, args, device, rank, world_size):
-    """What the backbone makes of all images of a part [N, D], on the CPU; rows of UNREADABLE for broken ones.
-
-    Each of the processes computes those of its images, rank::world_size.
-    """
-    mine = part.subset(slice(rank, None, world_size))
-    rows = extract_features(backbone, eval_batches(mine, config, device, args.batch_size, args.workers))
-    return gather(rows.to(device), part, world_size).cpu()
-
-
 def read_features(file):
     """{part: features [N, D]} that main has written. Raises UserError for a damaged file."""
     try:
@@ -213,7 +202,7 @@ def main(args):
         dist.broadcast_object_list(missing)      # the folder may be on the first machine only
     for name in missing[0]:
         say_once(f"{name}: features of {sum(map(len, sets[name].values())):,} images")
-        features = {part: features_of(images, backbone, config, args, device, rank, world_size)
+        features = {part: features_of(images, backbone, config, device, args.batch_size, args.workers)
                     for part, images in sets[name].items()}
         if rank == 0:
             files[name].parent.mkdir(exist_ok=True)

@@ -581,7 +581,7 @@ def test_too_many_end_a_stage_in_one_line(stage, trained, tmp_path, here):
     network = "--workers 0" if stage == "pretrain" else on_network(trained, "")
     _, err = here(f"{TOO_MANY[stage]} {network} --data {tmp_path}/data --output-dir {tmp_path}/run", code=2)
     *named, last = err.splitlines()
-    assert len(named) == 11 and "error: --data: 11 of 24 pictures cannot be read, more than 10" in last
+    assert len(named) == 11 and "error: 11 of 24 pictures cannot be read, more than 10" in last
     assert not (tmp_path / "run/metrics.json").exists()
 
 
@@ -675,5 +675,5 @@ def test_a_process_that_meets_too_many_ends_with_code_2_and_the_other_as_for_a_l
         Path(os.fsdecode(paths[index])).write_bytes(b"")
     _, err = run(f"pretrain.py --data {tmp_path} {ON_FILES} --batch-size 24 --knn-every 0 --workers 0 "
                  f"--output-dir {tmp_path}/run", ranks=2, code=2)
-    assert "rank 0: --data: 11 of 60 pictures cannot be read" in err
+    assert "rank 0: 11 of 60 pictures cannot be read" in err
     assert "rank 1: another process of this run died" in err

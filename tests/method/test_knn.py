@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import metrics_of
+from processes import metrics_of, run
 
 import data
 from checkpoint import save_checkpoint
@@ -129,6 +129,15 @@ def test_command(here, network, tmp_path, monkeypatch, interpolation):
     assert metrics["top5"]["200"] == pytest.approx(hits[:, :5].any(1).mean(), abs=1 / 256)
     assert metrics["top5"]["1"] == metrics["top1"]["1"]     # classes without a neighbour do not count
     assert metrics["num_train"] == 512 and metrics["num_test"] == 256 and metrics["num_broken"] == 0
+
+
+def test_two_processes_equal_one(network, tmp_path):
+    for ranks in (1, 2):
+        run(f"knn.py --checkpoint {network} --output-dir {tmp_path}/{ranks} --device cpu", ranks=ranks)
+    one, two = (metrics_of(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert one["num_train"] == two["num_train"] == 512 and one["num_test"] == two["num_test"] == 256
+    for k, top1 in one["top1"].items():
+        assert two["top1"][k] == pytest.approx(top1, abs=1 / 256) and top1 > 0.2
 
 
 def test_the_accuracy_to_watch_is_the_commands(here, network, tmp_path):

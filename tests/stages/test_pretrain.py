@@ -309,7 +309,7 @@ def test_too_many_broken_pictures(pictures, here, tmp_path):
     command = f"pretrain.py {ON_FILES} --epochs 1 --workers 1 --output-dir {tmp_path}/out"
     _, err = here(f"{command} --data {pictures}/broken", code=2)
     named = [line for line in err.splitlines() if "error: " not in line]
-    assert err.count("error: ") == err.count("--data: 11 of 32 pictures cannot be read") == 1
+    assert err.count("error: ") == err.count("11 of 32 pictures cannot be read") == 1
     assert len(named) == len(set(named)) >= 11 and all(".jpg" in line for line in named)
     assert not (tmp_path / "out/checkpoint.pth").exists()
 
