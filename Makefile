@@ -7,7 +7,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/installed
 endif
 
-.PHONY: demo test test-slow test-report ablations lint
+.PHONY: demo test test-slow test-report test-gpu ablations lint
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) pretrain.py --output-dir runs/demo
@@ -24,6 +24,10 @@ test-slow: $(ENVIRONMENT)
 # The page of report.py in a browser, if Chromium is installed.
 test-report: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs -m browser
+
+# Checks and measures on a CUDA GPU, and prints a page; without one it says so and does nothing.
+test-gpu: $(ENVIRONMENT)
+	$(PYTHON) benchmarks/gpu.py
 
 # docs/ablations.md: 45 runs, about an hour on two cores; the same command resumes.
 ablations: $(ENVIRONMENT)

@@ -77,9 +77,12 @@ def test_readme_can_be_read_in_one_sitting():
     assert len(README.splitlines()) <= 200
 
 
-def test_table_of_files_is_complete_and_its_line_counts_are_right():
-    stated = {name: int(lines) for name, lines in COUNT.findall(README)}
-    assert stated.keys() == set(SCRIPTS)
+def test_tables_of_files_are_complete_and_their_line_counts_are_right():
+    """The README has the stages and what they teach, CONTRIBUTING.md what they share besides."""
+    read_first = {name for name, _ in COUNT.findall(README)}
+    rows = COUNT.findall(README) + COUNT.findall(PAGES["CONTRIBUTING.md"])
+    stated = {name: int(lines) for name, lines in rows}
+    assert stated.keys() == set(SCRIPTS) and len(rows) == len(SCRIPTS) and read_first >= set(STAGES)
     right = {name: len(source(name)) for name in SCRIPTS}
     assert stated == right, f"right is {right}; {REFRESH}"
 

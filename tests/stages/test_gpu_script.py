@@ -1,0 +1,32 @@
+"""benchmarks/gpu.py needs a GPU; here its commands are parsed, and two of its parts run on the CPU."""
+
+import importlib
+
+import pytest
+import torch
+from processes import ROOT
+
+from benchmarks import gpu
+from cli import parse_args
+
+
+@pytest.mark.parametrize("command", [*gpu.STAGES.values(), *gpu.EVALUATIONS.values(),
+                                     *(f"{gpu.SCRIPTS.get(name, 'pretrain.py')} @{ROOT}/recipes/{name}.txt"
+                                       for name in gpu.RECIPES)])
+def test_commands_are_those_of_the_scripts(command):
+    script, *flags = command.split()
+    parse_args(importlib.import_module(script.removesuffix(".py")).get_parser(), flags)
+
+
+def test_it_says_that_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    gpu.main()
+    assert "skipped, PyTorch sees no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [gpu.parity, gpu.stages, gpu.resume, gpu.two])
+def test_parts_on_the_cpu(part, tmp_path):
+    for what, result, sound in part(torch.device("cpu"), tmp_path):
+        assert sound, (what, result)
