@@ -23,7 +23,7 @@ from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from lincls import fingerprint
-from loss import seed_loss, seed_target
+from loss import all_gather, seed_loss, seed_target
 from model import ARCHS, Embedder, build_network, patch_size
 from optim import LARS, param_groups, seed_lr, warmup_cosine
 from pretrained import load_teacher
@@ -233,9 +233,7 @@ def gather(embeddings):
     """Embeddings [Q, B, D] of each process -> [Q, W·B, D] of all, in the order of the global batch."""
     if not dist.is_initialized():
         return embeddings
-    parts = [torch.empty_like(embeddings) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, embeddings.contiguous())
-    return torch.cat(parts, 1)
+    return all_gather(embeddings).transpose(0, 1).flatten(1, 2)
 
 
 def spread(embeddings):
