@@ -1,7 +1,6 @@
 """Proves that several gloo processes compute what one does on the joined batch: values and gradients."""
 
 import itertools
-import multiprocessing
 from typing import NamedTuple
 
 import pytest
@@ -235,7 +234,6 @@ def worker(rank, world_size, store, cases):
 
 
 def start(world_size, folder, cases):
-    multiprocessing.set_forkserver_preload(["torch", "torchvision"])     # imported once for all processes
     mp.start_processes(worker, (world_size, folder / "store", cases), world_size, start_method="forkserver")
 
 
