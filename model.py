@@ -95,6 +95,8 @@ class _Normalize(torch.autograd.Function):
             sums = torch.stack([dy_z.sum(ctx.dims, keepdim=True), (dy_z * y).sum(ctx.dims, keepdim=True)])
         if affine and d_weight is None:
             d_bias, d_weight = sums.view(2, -1, len(weight)).sum(1)
+        if not affine:
+            d_weight = d_bias = None
         if ctx.group is not None:        # the loss of every process depends on this process's statistics
             dist.all_reduce(sums, group=ctx.group)
         if ctx.fused:
@@ -192,7 +194,7 @@ class BatchNorm(nn.Module):
         running = [self.running_mean, self.running_var]
         torch._foreach_lerp_(running, list(statistics.to(self.running_mean)), self.momentum)
         self.num_batches_tracked += 1
-        return y.view(x.shape)
+        return y if bunches == 1 else y.view(x.shape)    # a view would make a ReLU in place copy its gradient
 
 
 def synchronize_batch_norms(module):

@@ -30,7 +30,10 @@ class LARS(torch.optim.Optimizer):
                 updates = torch._foreach_add(updates, ws, alpha=group["weight_decay"])
             if group["lars"]:
                 updates = torch._foreach_mul(updates, _spread(self._trust(ws, group), ws))
-            vs = [self.state[w].setdefault("momentum_buffer", torch.zeros_like(w)) for w in ws]
+            for w in ws:
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            vs = [self.state[w]["momentum_buffer"] for w in ws]
             torch._foreach_mul_(vs, group["momentum"])
             torch._foreach_add_(vs, updates, alpha=group["lr"])
             torch._foreach_sub_(ws, vs)
