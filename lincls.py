@@ -192,7 +192,7 @@ def head_losses(logits, labels):
 
 
 def cache_features(batches_of_mine, batches, world_size):
-    """(features, rows) for training: L tensors [N, ...] of all images, and where in them image i is, [N].
+    """(tensors, rows) for training: L features [N, ...] and labels of all images, the row of image i, [N].
 
     batches_of_mine: of the features of this process's images. For an unreadable one another stands in.
     """
@@ -202,7 +202,7 @@ def cache_features(batches_of_mine, batches, world_size):
     rows = torch.arange(len(readable))
     for i in (~readable).nonzero()[:, 0].tolist():
         rows[i] = next(int(other) for other in batches.stand_ins(i) if readable[other])
-    return features, rows
+    return [*features, batches.dataset.labels.to(features[0].device)], rows.to(features[0].device)
 
 
 def report(names, grid, held_scores, best, test_scores, say):
@@ -306,7 +306,7 @@ def main(args):
         # ---- one training step: B images of this process, G heads on each of L features
         if args.cached:
             indices = rows[batches.indices(step)]
-            features, labels = [x[indices] for x in cached], train.labels[indices]
+            *features, labels = [x[indices] for x in cached]
         else:
             images, uniforms, labels = run.next(loader)
             features = features_of(views(images, uniforms, device)[0])

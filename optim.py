@@ -21,6 +21,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):                      # by _foreach: one kernel for many tensors, not one for each
+        weights, velocities = [], []
         for group in self.param_groups:
             ws = [w for w in group["params"] if w.grad is not None]
             if not ws:
@@ -36,14 +37,17 @@ class LARS(torch.optim.Optimizer):
             vs = [self.state[w]["momentum_buffer"] for w in ws]
             torch._foreach_mul_(vs, group["momentum"])
             torch._foreach_add_(vs, updates, alpha=group["lr"])
-            torch._foreach_sub_(ws, vs)
+            weights += ws
+            velocities += vs
+        if weights:
+            torch._foreach_sub_(weights, velocities)
 
     def _trust(self, ws, group):
         """The trust of each weight, [number]. No .item() and no `if` on a norm: either waits for the GPU."""
         norms = torch.stack(torch._foreach_norm(ws + [w.grad for w in ws])).view(2, -1)
         w_norm, g_norm = norms
         trust = group["trust_coefficient"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
-        return torch.where(norms.amin(0) > 0, trust, 1.0)
+        return trust.masked_fill_(norms.amin(0) <= 0, 1.0)
 
 
 def _spread(numbers, tensors):
