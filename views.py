@@ -166,19 +166,31 @@ def send(plans, device):
     for plan in plans:
         for _, of_change in plan:
             tensors += of_change
-    # in bytes, the widest numbers first: so each tensor begins at a multiple of its numbers' size
-    tensors.sort(key=lambda tensor: -tensor.element_size())
-    flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
+    flat = pack(tensors)
     flat = flat.pin_memory() if device.type == "cuda" else flat
-    parts = flat.to(device, non_blocking=True).split([tensor.nbytes for tensor in tensors])
-    sent, on_device = {}, []
-    for tensor, part in zip(tensors, parts, strict=True):
-        sent[id(tensor)] = part.view(tensor.dtype).view(tensor.shape)
+    sent = iter(unpack(flat.to(device, non_blocking=True), tensors))
+    on_device = []
     for plan in plans:
         on_device.append([])
         for change, of_change in plan:
-            on_device[-1].append((change, [sent[id(tensor)] for tensor in of_change]))
+            on_device[-1].append((change, [next(sent) for _ in of_change]))
     return on_device
+
+
+def pack(tensors):
+    """The bytes of tensors, one after the other, the widest numbers first: so each begins where it may."""
+    by_width = sorted(tensors, key=lambda tensor: -tensor.element_size())
+    return torch.cat([tensor.flatten().view(torch.uint8) for tensor in by_width])
+
+
+def unpack(flat, tensors):
+    """The tensors that `pack` made `flat` of, as views of it."""
+    found = [None] * len(tensors)
+    places = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    parts = flat.split([tensors[i].nbytes for i in places])
+    for i, part in zip(places, parts, strict=True):
+        found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return found
 
 
 class RandomView(nn.Module):
