@@ -211,7 +211,7 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
         if val_share:
             raise UserError(f"--val-share: {name} has a test part already; leave the flag out")
         dataset = _built_in(name, split, seed, data_dir)
-    elif os.path.exists(name):
+    elif os.path.exists(name) or name.endswith(".tar"):
         dataset = _from_files(name, split, val_share, group_names)
     else:
         near = difflib.get_close_matches(name, INPUTS, 1)

@@ -36,8 +36,8 @@ LINE = "loss {loss:.3f} positive {positive_mass:.1%} cosine {cosine:.3f} spread 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of pictures; without it the teacher's data")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of pictures; without it the teacher's data")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others seed with local crops, moco without")

@@ -52,7 +52,7 @@ def get_parser():
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="mnist", help=f"{', '.join(SETS)}, fashion-mnist, fake, cifar100-20, stl10, a "
-        "folder or a list of labelled pictures")
+        "folder, list or shards of labelled pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--label-fraction", type=at_least(0, float), default=1.0,
         help="share of the training and of the validation images to take, as many of each class")

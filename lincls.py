@@ -43,8 +43,8 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     network_flags(parser)
     add = parser.add_argument_group("data and features").add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of labelled pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--n-last-blocks", type=at_least(1), default=4, help="ViT: blocks whose class tokens are joined")
     add("--mean-of-patches", action="store_true", help="ViT: join the mean of the last patch tokens, too")

@@ -43,7 +43,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or list of files")
+        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, list or shards")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others multicrop with local crops, barlow without")

@@ -37,7 +37,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--checkpoint", required=True, help="checkpoint of pretrain.py; its network is trained further")
-    add("--data", help="a data set, folder or list of pictures; without it the data of the checkpoint")
+    add("--data", help="a data set, folder, list or shards of pictures; without it the checkpoint's")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others selflabel with local crops, barlow without")

@@ -56,8 +56,8 @@ def get_parser():
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     group = parser.add_argument_group("data")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of labelled pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add_either("--labels", help="list of the images to train on: lines CLASS_NUMBER.JPEG, CLASS/FILE or "
                "CLASS/FILE LABEL; for in-memory sets INDEX or INDEX LABEL")
