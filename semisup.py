@@ -39,7 +39,7 @@ from data import (
     hold_out,
     input_of,
     labelled,
-    num_workers,
+    loader_workers,
     own_group,
 )
 from model import build_backbone
@@ -67,7 +67,7 @@ def get_parser():
         help="share of the labelled images that is scored instead of the test images")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), default=20, help="passes over the labelled images")
     add("--batch-size", type=at_least(1), default=256, help="images in a step, of all processes together")
@@ -229,7 +229,7 @@ def main(args):
     check(args, train, held, test, world_size)
     crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(data))
     views = Views([(size, crop)], mean, std)
-    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
 
     # ---------------------------------------------------------------- model
@@ -262,7 +262,7 @@ def main(args):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that dropout uses
 
     def evaluate(part):                      # classes [n, 5] of this process's images; accuracies of all [2]

@@ -24,6 +24,7 @@ UNIFORMS = 40
 # AlexNet's noise. The numbers are those of fb.resnet.torch.
 COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
+DEVICE_SIDE = 640                # pixels; of larger pictures workers cut the crops, whatever --crop-on says
 JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
 VIEWS = {                        # published recipes: first global crop, second, and local crops if it has any
     "barlow": (dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=1.0),
@@ -108,13 +109,50 @@ class Views(nn.Module):
             crops += [view.crop(pictures, u) for u in uniforms[first:end]]
         return crops
 
+    @property
+    def crop_bytes(self):
+        """Bytes of the crops of an image."""
+        return sum(3 * view.size ** 2 * (end - first) for view, first, end in self.groups)
+
+    def pad(self, pictures, uniforms):
+        """What a worker does with --crop-on device: a dict of B pictures uint8 [3, H, W], of any sizes.
+
+        pictures: uint8 [n, 3, H, W], each in the upper left corner, those that are not above DEVICE_SIDE;
+        sizes [n, 2]: theirs; crops: V × uint8 [B - n, 3, h, w] of the others; order [B]: which images these
+        are, one after the other; place [B]: where image i is among them.
+        """
+        is_large = torch.tensor([max(picture.shape) > DEVICE_SIDE for picture in pictures])
+        order = is_large.int().argsort(stable=True)
+        whole, large = order[~is_large[order]].tolist(), order[is_large[order]]
+        sizes = torch.tensor([pictures[i].shape[1:] for i in whole]).view(-1, 2)
+        H, W = sizes.max(0).values.tolist() if whole else (1, 1)
+        padded = torch.zeros(len(whole), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for room, i in zip(padded, whole, strict=True):
+            room[:, :pictures[i].shape[1], :pictures[i].shape[2]] = pictures[i]
+        crops = self.crop([pictures[i] for i in large.tolist()], uniforms[:, large])
+        return dict(pictures=padded, sizes=sizes, crops=crops, order=order, place=order.argsort())
+
+    def crop_padded(self, packed, uniforms, device):
+        """The dict of `pad` -> V crops [B, 3, h, w] in 0..1 on `device`. One view at a time bounds memory."""
+        pictures, place = (packed[name].to(device, non_blocking=True) for name in ("pictures", "place"))
+        whole, crops = packed["order"][:len(pictures)], []
+        for view, first, end in self.groups:
+            for v in range(first, end):
+                cut = view.cut(pictures, uniforms[v, whole], *packed["sizes"].T)
+                large = packed["crops"][v].to(device, non_blocking=True).float() / 255
+                crops.append(torch.cat([cut, large]).index_select(0, place))
+        return crops
+
     def forward(self, images, uniforms, device=None):
         """Images or crops, and uniforms, as `Batches` gives them -> V inputs [B, 3, h, w] on `device`."""
+        cut = self.crop_padded(images, uniforms, device) if isinstance(images, dict) else None
         inputs = []
         for view, first, end in self.groups:
             number = end - first
             u = uniforms[first:end].flatten(0, 1)                                 # [number · B, UNIFORMS]
-            if isinstance(images, list):
+            if cut is not None:
+                made = view.colour(torch.cat(cut[first:end]), u)
+            elif isinstance(images, list):
                 crops = [crop.to(device, non_blocking=True) for crop in images[first:end]]
                 made = view.colour(torch.cat(crops).float() / 255, u)
             else:
@@ -194,14 +232,16 @@ class RandomView(nn.Module):
 
         torch's kernel for bytes rounds between the axes, as Pillow does.
         """
-        heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).T
+        heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).view(-1, 2).T
         drawn = self.draw_crop(u, heights, widths)
-        boxes = torch.stack([drawn[key] for key in ("top", "left", "height", "width")], 1).int().tolist()
+        keys = ("top", "left", "height", "width", "flip")
+        boxes = torch.stack([drawn[key] for key in keys], 1).int().tolist()
         crops = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
-        for crop, picture, (top, left, h, w) in zip(crops, pictures, boxes, strict=True):
+        for crop, picture, (top, left, h, w, flip) in zip(crops, pictures, boxes, strict=True):
             part = picture[None, :, top:top + h, left:left + w]
-            crop.copy_(F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0])
-        return torch.where(drawn["flip"].view(-1, 1, 1, 1), crops.flip(-1), crops)
+            made = F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0]
+            crop.copy_(made.flip(-1) if flip else made)
+        return crops
 
     def colour(self, x, u):
         """Everything after the crop: x [B, C, h, w] in 0..1 on any device, overwritten -> [B, 3, h, w].
@@ -240,10 +280,13 @@ class RandomView(nn.Module):
 
     def forward(self, images, u):
         """images uint8 [B, C, H, W] on any device, u [B, UNIFORMS] on the CPU -> [B, 3, size, size]."""
-        drawn = self.draw_crop(u, *images.shape[-2:])
-        x = crop_resize(images, drawn["top"], drawn["left"], drawn["height"], drawn["width"], self.size,
-                        drawn["flip"], self.interpolation)
-        return self.colour(x, u)
+        return self.colour(self.cut(images, u, *images.shape[-2:]), u)
+
+    def cut(self, images, u, height, width):
+        """As forward, without the colours. height, width: of the images' upper left part, a number or [B]."""
+        drawn = self.draw_crop(u, height, width)
+        return crop_resize(images, drawn["top"], drawn["left"], drawn["height"], drawn["width"], self.size,
+                           drawn["flip"], self.interpolation)
 
 
 def _apply(op, x, chosen, *params):

@@ -166,6 +166,28 @@ def test_a_killed_run_on_shards_ends_bit_equal(three):
     assert same(weights(three / "killed"), weights(three / "whole"))
 
 
+def test_how_pictures_are_read_stands_in_the_configuration(three, here):
+    command = (f"{TRAIN} --epochs 1 --knn-every 0 --workers 0 --data {three}/packed --output-dir {three}/run "
+               "--crop-on device")
+    here(command)
+    _, err = here(f"{command} --crop-on workers --decoder torchvision", code=2)
+    assert "crop_on was device, is workers; decoder was None, is torchvision" in err
+    here(f"{command} --decoder pillow --output-dir {three}/other")
+    assert same(weights(three / "run"), weights(three / "other"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_crops_on_the_device_ends_bit_equal(three):
+    command = f"{TRAIN} --data {three}/packed --crop-on device --num-local 2 --views multicrop"
+    process = start(f"{command} --workers 2 --output-dir {three}/killed")
+    wait_for(three / "killed/checkpoint.prev.pth", process)
+    process.kill()
+    process.wait()
+    run(f"{command} --workers 1 --output-dir {three}/killed")
+    run(f"{command} --workers 0 --output-dir {three}/whole")
+    assert same(weights(three / "killed"), weights(three / "whole"))
+
+
 @pytest.mark.slow
 def test_two_processes_on_shards(three):
     for workers, name in ((0, "a"), (2, "b")):

@@ -31,7 +31,7 @@ LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
-ALSO = {"folders.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"},
+ALSO = {"folders.py": {"PIL", "pillow_heif", "simplejpeg"}, "pictures.py": {"PIL", "matplotlib"},
         "page.py": {"PIL"}}
 # PIL comes with torchvision, the others are optional
 
