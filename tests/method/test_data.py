@@ -532,12 +532,13 @@ def test_crops_on_the_device_are_the_workers(tmp_path, monkeypatch):
     for i, size in enumerate([(64, 48), (48, 64), (60, 61), (90, 30), (40, 40), (30, 90)]):
         photograph(i, *size).save(tmp_path / f"{i}.png")
     dataset = build_dataset(str(tmp_path), "train")
-    by_workers, by_device = (Batches(dataset, 6, views, seed=3, crop_on=on) for on in ("workers", "device"))
+    by_workers, by_device = (Batches(dataset, 6, views, seed=4, crop_on=on) for on in ("workers", "device"))
     expected = views(*by_workers[0][:2])
     for side, whole in ((640, 6), (70, 4), (20, 0)):
         monkeypatch.setattr(views_module, "DEVICE_SIDE", side)
         packed, uniforms, _ = by_device[0]
         assert len(packed["pictures"]) == whole and len(packed["crops"][0]) == 6 - whole
+        assert (packed["order"].tolist() == [*range(6)]) == (side != 70)        # these are put in order again
         for mine, other in zip(views(packed, uniforms), expected, strict=True):
             levels = (mine - other).abs() * torch.tensor(std).view(-1, 1, 1) * 255
             assert mine.shape == other.shape and levels.max() <= 1.6 and levels.mean() < 0.4
