@@ -153,7 +153,7 @@ TRAIN = ("pretrain.py --image-size 16 --batch-size 4 --epochs 3 --hidden-dim 16 
          "--print-every 1")
 
 
-def test_a_killed_run_on_shards_ends_bit_equal(three):
+def test_a_killed_run_on_shards_ends_bit_equal(three, here):
     command = f"{TRAIN} --data {three}/packed"
     process = start(f"{command} --workers 2 --output-dir {three}/killed")
     wait_for(three / "killed/checkpoint.prev.pth", process)
@@ -161,8 +161,8 @@ def test_a_killed_run_on_shards_ends_bit_equal(three):
     process.wait()
     step = torch.load(three / "killed/checkpoint.pth", weights_only=True)["step"]
     assert 2 <= step < 15
-    run(f"{command} --workers 0 --output-dir {three}/killed")
-    run(f"{TRAIN} --data {three}/files --workers 0 --output-dir {three}/whole")
+    here(f"{command} --workers 0 --output-dir {three}/killed")
+    here(f"{TRAIN} --data {three}/files --workers 0 --output-dir {three}/whole")
     assert same(weights(three / "killed"), weights(three / "whole"))
 
 
