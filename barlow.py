@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, loader_workers, own_group
 from knn import knn_images, scores_to_watch
 from loss import barlow_twins_terms
 from model import ARCHS, build_network, watch_logits, zero_init_residual
@@ -38,7 +38,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or list of files")
+        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, list or shards")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets, barlow for others")
@@ -50,7 +50,7 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the data set's own")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the data set's own")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
@@ -132,7 +132,7 @@ def main(args):
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, args.data, published="barlow")
     views = build_views(recipe, mean, std, size, min_scale=args.min_scale, arch=config["arch"])
-    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
@@ -164,7 +164,7 @@ def main(args):
     run.track(model=model, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
     health = watch_logits(model.projector[-1], run, scaler)

@@ -97,7 +97,8 @@ def _did_you_mean(message, parser):
         files = [*Path(file[1]).parent.glob("*.txt"), *Path("recipes").glob("*.txt")]
         near = [f"@{path}" for path in difflib.get_close_matches(file[1], map(str, files))]
     else:
-        return "; a value with spaces stands in quotes" if "unrecognized arguments" in message else ""
+        quotes = "; a value with spaces or braces stands in quotes"
+        return quotes if "unrecognized arguments" in message else ""
     return f"; did you mean {near[0]}?" if near else f"; {parser.prog} --help lists what there is"
 
 

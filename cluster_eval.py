@@ -38,7 +38,7 @@ def get_parser():
     add("--kmeans", type=at_least(0), default=0, metavar="K",
         help="K clusters of the backbone's features, fitted on training images; 0: the network's own")
     add("--kmeans-starts", type=at_least(1), default=10, help="starts of k-means; the tightest clusters win")
-    add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
+    add("--data", help="a data set, a folder, list or shards of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--split", default="test", choices=("train", "test"), help="part to score; of a folder, test is val")
     folder_flags(parser)

@@ -25,8 +25,8 @@ import torchvision
 
 from checkpoint import UserError, printable, to_stderr
 from cli import at_least
-from folders import find_pictures, in_validation, read_picture, warn_once
-from views import UNIFORMS, normalize
+from folders import find_pictures, in_validation, jpeg_decoder, read_picture, warn_once
+from views import DEVICE_SIDE, UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
     "fashion-mnist": (28, (0.2860,), (0.3530,)),
@@ -40,6 +40,7 @@ INPUTS = {                       # built-in sets: size in pixels; mean and std b
 PICTURES = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))      # picture files: the values of ImageNet
 MOST_BROKEN, ONE_IN = 10, 100    # a run stops above 10 broken pictures, or above 1 in 100 if that is more
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")                 # of a container: microseconds in a period
+SHARED_MEMORY, MOST_HELD = "/dev/shm", 2 ** 30   # bytes
 EMBEDDED = Path(__file__).parent / "datasets"
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
                          "Bag", "Ankle boot")
@@ -64,6 +65,7 @@ class ImageSet:
     # the parts of a set count its broken files together, and so do the workers: it is in shared memory
     broken: torch.Tensor | None = None            # bool, of all files of the whole set
     positions: torch.Tensor | None = None         # int64 [N], of this part's files in `broken`
+    decoder: str | None = None                    # of JPEG files, see folders.jpeg_decoder; None: Pillow
     part: str = "images"                          # or training images, validation images, test images
 
     def __post_init__(self):
@@ -82,7 +84,7 @@ class ImageSet:
         if self.broken[position]:
             return None
         try:
-            return read_picture(os.fsdecode(self.paths[index]))
+            return read_picture(os.fsdecode(self.paths[index]), self.decoder)
         except UserError as error:
             self.note_broken(position, error)
             return None
@@ -140,8 +142,11 @@ def input_of(config):
     return config.get("image_size") or size, config.get("mean") or mean, config.get("std") or std
 
 
-def folder_flags(parser):
-    """Adds the flags that say which pictures and classes of --data are taken, the same in every stage."""
+def folder_flags(parser, crops=False):
+    """Adds the flags that say which pictures and classes of --data are taken and how files are read.
+
+    They are the same in every stage; crops: where random crops are made, for a stage that has some.
+    """
     add = parser.add_argument_group("parts and classes of --data").add_argument
     add("--val-share", type=at_least(0, float, 1), metavar="SHARE",
         help="share of each class for validation, in a folder or list that has no train and val; without it "
@@ -151,6 +156,13 @@ def folder_flags(parser):
     add("--classes", metavar="FILE",
         help="names of the classes to take, one a line, numbered in this order; without it those of the "
         "checkpoint if there is one, else all")
+    add = parser.add_argument_group("picture files").add_argument
+    add("--decoder", choices=("pillow", "torchvision", "simplejpeg"), help="what decodes JPEG files; the "
+        "last two are faster, and their pixels may differ by a level; without it that of the checkpoint if "
+        "there is one, else pillow")
+    if crops:
+        add("--crop-on", default="workers", choices=("workers", "device"),
+            help="where random crops are cut; device: workers only decode, for a GPU that waits for them")
 
 
 def folder_options(args, config=None):
@@ -163,9 +175,10 @@ def folder_options(args, config=None):
     if config and config.get("data") and (not args.data or _same_place(args.data, config["data"])):
         inherited = config
     options = {}
-    for name in ("val_share", "group_names", "classes"):
+    for name in ("val_share", "group_names", "classes", "decoder"):
         given = getattr(args, name, None)         # not every script has the flags
         options[name] = inherited.get(name) if given is None else given
+    options["decoder"] = None if options["decoder"] == "pillow" else options["decoder"]
     if isinstance(options["classes"], str):
         options["classes"] = _read_class_names(options["classes"])
     if getattr(args, "group_names", None) and not options["val_share"]:
@@ -192,7 +205,8 @@ def _read_class_names(path):
     return names
 
 
-def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None):
+def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, group_names=None, classes=None,
+                  decoder=None):
     """A split of a data set, as an ImageSet.
 
     name: fashion-mnist, mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
@@ -200,19 +214,22 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
     train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
     folder are lists. A path without train and val is every split, unless val_share divides it.
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
-    unlabelled part. val_share, group_names, classes: see folder_flags. Raises UserError.
+    unlabelled part. val_share, group_names, classes, decoder: see folder_flags. Raises UserError.
     """
     if name is None:
         raise UserError("--data: the checkpoint does not say on what it was trained; name the data")
-    options = dict(val_share=val_share, group_names=group_names, classes=classes)
+    options = dict(val_share=val_share, group_names=group_names, classes=classes, decoder=decoder)
     if split == "pretrain" and (name != "stl10" or classes):
         return replace(build_dataset(name, "train", seed, data_dir, **options), labels=None)
     if name in INPUTS:
         if val_share:
             raise UserError(f"--val-share: {name} has a test part already; leave the flag out")
         dataset = _built_in(name, split, seed, data_dir)
-    elif os.path.exists(name):
+    elif os.path.exists(name) or name.endswith(".tar"):
         dataset = _from_files(name, split, val_share, group_names)
+        dataset.decoder = decoder
+        if decoder:
+            jpeg_decoder(decoder)                 # is it installed?
     else:
         near = difflib.get_close_matches(name, INPUTS, 1)
         raise UserError(f"--data: '{name}' is neither a data set ({', '.join(INPUTS)}) nor a folder or list; "
@@ -382,13 +399,15 @@ def hold_out(labels, share, seed):
 class Batches(torch.utils.data.Dataset):
     """Item t is this process's share of step t: (images, uniforms [V, B, UNIFORMS], labels [B] or None).
 
-    images: of a set in memory uint8 [B, C, H, W]; of files a list of V crops, uint8 [B, 3, h, w]. `views`
-    makes inputs of either. batch_size: of all processes together. An epoch is a permutation, cut into steps;
-    the rest is dropped. Items are steps, so a run resumes by starting its sampler at a later one.
+    images: of a set in memory uint8 [B, C, H, W]; of files a list of V crops, uint8 [B, 3, h, w], or with
+    crop_on="device" whole pictures, see Views.pad. `views` makes inputs of each. batch_size: of all processes
+    together. An epoch is a permutation, cut into steps; the rest is dropped. Items are steps, so a run
+    resumes by starting its sampler at a later one.
     """
 
-    def __init__(self, dataset, batch_size, views, seed, rank=0, world_size=1):
+    def __init__(self, dataset, batch_size, views, seed, rank=0, world_size=1, crop_on="workers"):
         self.dataset, self.batch_size, self.views, self.seed = dataset, batch_size, views, seed
+        self.crop_on = crop_on
         self.steps_per_epoch = len(dataset) // batch_size
         self.mine = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._epoch = None
@@ -403,9 +422,22 @@ class Batches(torch.utils.data.Dataset):
         else:
             chosen, pictures = zip(*[self.read(index) for index in indices.tolist()], strict=True)
             indices = torch.tensor(chosen)        # a stand-in brings its own label
-            images = self.views.crop(pictures, uniforms)
+            cut = self.views.crop if self.crop_on == "workers" else self.views.pad
+            images = cut(pictures, uniforms)
         labels = None if self.dataset.labels is None else self.dataset.labels[indices]
         return images, uniforms, labels
+
+    @property
+    def item_bytes(self):
+        """Bytes of an item, at most."""
+        number = self.mine.stop - self.mine.start
+        if self.dataset.images is not None:
+            image = self.dataset.images[0].numel()
+        elif self.crop_on == "device":
+            image = 3 * DEVICE_SIDE ** 2
+        else:
+            image = self.views.crop_bytes
+        return number * (image + 4 * UNIFORMS * len(self.views))
 
     def indices(self, step):
         """Which images of the data set this process has in step t, int64 [B]."""
@@ -430,6 +462,34 @@ class Batches(torch.utils.data.Dataset):
         yield from np.random.default_rng([self.seed, 8, index]).permutation(len(self.dataset))
 
 
+def loader_workers(wanted, batches):
+    """Keywords of a DataLoader for Batches or CentreCrops in batches: how many workers, how far ahead.
+
+    A worker is two steps ahead if all that this process's workers hold is at most MOST_HELD, else one. They
+    hold it in shared memory; where that is too small, a line says so before they die there.
+    """
+    number = num_workers(wanted, batches.dataset)
+    if number == 0:
+        return dict(num_workers=0)
+    ahead = 2 if 2 * number * batches.item_bytes <= MOST_HELD else 1
+    need = (ahead * number + 1) * batches.item_bytes * local_processes()     # and the one in use
+    with suppress(OSError, AttributeError):       # not on Windows
+        room = os.statvfs(SHARED_MEMORY)
+        room = room.f_bavail * room.f_frsize
+        if need > room:
+            fits = max(0, room // (batches.item_bytes * local_processes()) - 1) // ahead
+            warn_once(f"{SHARED_MEMORY} has {room >> 20:,} MiB, {number} workers of each process may need "
+                      f"{need >> 20:,} MiB; --workers {fits} fits, or enlarge it (docker --shm-size "
+                      f"{1 + (need >> 30)}g)")
+    return dict(num_workers=number, prefetch_factor=ahead)
+
+
+def local_processes():
+    """Number of processes of this run on this machine."""
+    total = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", min(total, torch.cuda.device_count() or total)))
+
+
 def num_workers(wanted, dataset):
     """Data-loader workers of a process: as wanted; for -1 none for a set in memory, else its share of the
     CPUs that the processes on this machine may use."""
@@ -439,9 +499,7 @@ def num_workers(wanted, dataset):
     with suppress(OSError, ValueError):           # no such file, or no limit in it
         quota, period = map(int, CPU_LIMIT.read_text().split())
         cpus = min(cpus, math.ceil(quota / period))
-    total = int(os.environ.get("WORLD_SIZE", 1))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(total, torch.cuda.device_count() or total)))
-    return max(1, cpus // processes)
+    return max(1, cpus // local_processes())
 
 
 def own_group(worker):
@@ -456,10 +514,12 @@ class CentreCrops(torch.utils.data.Dataset):
     """Pictures for evaluation: the shorter side resized to size · 256 / 224, then the middle size × size.
 
     side: another length of the shorter side. Item i is uint8 [3, size, size], or None if it cannot be read.
+    batch_size: how many a worker puts together.
     """
 
-    def __init__(self, dataset, size, interpolation="bicubic", side=None):
+    def __init__(self, dataset, size, interpolation="bicubic", side=None, batch_size=1):
         self.dataset, self.size, self.interpolation = dataset, size, interpolation
+        self.item_bytes = batch_size * 3 * size ** 2
         self.side = side or round(size * 256 / 224)
 
     def __len__(self):
@@ -489,9 +549,10 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0):
     size, mean, std = input_of(config)
     interpolation = config.get("interpolation", "bicubic")
     if dataset.images is None:
+        crops = CentreCrops(dataset, size, interpolation, config.get("resize_side"), batch_size)
         batches = torch.utils.data.DataLoader(
-            CentreCrops(dataset, size, interpolation, config.get("resize_side")), batch_size,
-            num_workers=num_workers(workers, dataset), collate_fn=_stack_readable, worker_init_fn=own_group,
+            crops, batch_size, **loader_workers(workers, crops), collate_fn=_stack_readable,
+            worker_init_fn=own_group,
             generator=torch.Generator())          # else it draws from the generator that drop path uses
     else:
         batches = dataset.images.split(batch_size)

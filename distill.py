@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, loader_workers, own_group
 from lincls import fingerprint
 from loss import all_gather, seed_loss, seed_target
 from model import ARCHS, Embedder, build_network, patch_size
@@ -36,8 +36,8 @@ LINE = "loss {loss:.3f} positive {positive_mass:.1%} cosine {cosine:.3f} spread 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of pictures; without it the teacher's data")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of pictures; without it the teacher's data")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others seed with local crops, moco without")
@@ -53,7 +53,7 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the teacher's")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the teacher's")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="the student's backbone")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
@@ -153,7 +153,7 @@ def main(args):
     largest = max(args.arch, source["arch"], key=patch_size)     # of the patches of student and teacher
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
                         num_global=1, min_scale=args.min_scale, local_scale=args.local_scale, arch=largest)
-    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
@@ -186,7 +186,7 @@ def main(args):
     run.track(model=model, queues=queues, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

@@ -34,7 +34,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, folder_flags, folder_options, hold_out, input_of, labelled, num_workers, own_group
+from data import (
+    Batches,
+    folder_flags,
+    folder_options,
+    hold_out,
+    input_of,
+    labelled,
+    loader_workers,
+    own_group,
+)
 from knn import features_of
 from model import build_backbone
 from optim import cosine
@@ -53,7 +62,7 @@ def get_parser():
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="mnist", help=f"{', '.join(SETS)}, fashion-mnist, fake, cifar100-20, stl10, a "
-        "folder or a list of labelled pictures")
+        "folder, list or shards of labelled pictures")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--label-fraction", type=at_least(0, float), default=1.0,
         help="share of the training and of the validation images to take, as many of each class")
@@ -63,7 +72,7 @@ def get_parser():
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--resize-side", type=at_least(0), default=0,
         help="shorter side of a picture file whose middle is scored; 0: 256/224 of the network's input")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=at_least(1), default=1000, help="training steps")
     add("--batch-size", type=at_least(1), default=64, help="images in a step, of all processes together")
@@ -115,7 +124,7 @@ def read_parts(args, source):
     if args.data in SETS:
         if any(folder_options(args).values()):
             raise UserError(f"--data {args.data}: has parts and classes of its own; leave --val-share, "
-                            "--group-names and --classes out")
+                            "--group-names, --classes and --decoder out")
         train, val, test = read_set(args.data, args.data_dir, args.seed, flag="--data").values()
     else:
         whole, test = labelled(args, source)
@@ -179,7 +188,7 @@ def train_once(args, loaded, last=True):
     metric = SETS[args.data].metric if args.data in SETS else "top-1"
     crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(args.data))
     views = Views([(size, crop)], mean, std)
-    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(args.seed)             # loaded before the process group: batch norms are per process
@@ -214,7 +223,7 @@ def train_once(args, loaded, last=True):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, args.steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that dropout uses
 
     # ---------------------------------------------------------------- train

@@ -2,16 +2,21 @@
 
 import functools
 import hashlib
+import io
+import itertools
 import os
+import re
 import stat
 import warnings
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from checkpoint import UserError, printable, to_stderr
+from shards import expand, read_member, read_shards
 
 try:
     import pillow_heif
@@ -53,8 +58,10 @@ def in_validation(paths, data, share, group_names=False):
 
 
 def find_pictures(data, train):
-    """(paths, labels or None, class names or None, part) of a split of a folder or list."""
+    """(paths, labels or None, class names or None, part) of a split of a folder, a list or shards."""
     try:
+        if data.name.endswith(".tar") and not data.is_dir():
+            return *_number(*read_shards(expand(str(data)))), "images"
         if data.is_file():
             return *_read_list(data), "images"
         parts = {"train": _part(data, "train"), "val": _part(data, "val") or _part(data, "test")}
@@ -62,36 +69,40 @@ def find_pictures(data, train):
             return *_scan(data), "images"
         wanted, other = ("train", "val") if train else ("val", "train")
         if not parts[wanted]:
-            raise UserError(f"--data {data}: has {parts[other].name}, but no {wanted} folder and no "
+            raise UserError(f"--data {data}: has {parts[other][0].name}, but no {wanted} folder and no "
                             f"{wanted}.txt; add one")
         # both parts are read, so that a mistake in val is found before the training
         found = {}
         for name, part in parts.items():
             if part:
                 known = found["train"][2] if "train" in found else None
-                found[name] = _read_list(part) if part.is_file() else _scan(part, known or ())
+                if part[0].name.endswith(".tar"):
+                    found[name] = _number(*read_shards(map(str, part)))
+                else:
+                    found[name] = _read_list(part[0]) if part[0].is_file() else _scan(part[0], known or ())
     except OSError as error:
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); may you read it?"
                         ) from None
     paths, labels, names = found[wanted]
-    called = {"train": "training", "val": "validation", "test": "test"}[parts[wanted].stem] + " images"
+    stem = re.match("train|val|test", parts[wanted][0].name)[0]
+    called = {"train": "training", "val": "validation", "test": "test"}[stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
         return paths, None, None, called
     unknown = sorted({names[label] for label in labels} - set(known))
     if unknown:
-        raise UserError(f"--data {parts[wanted]}: class '{unknown[0]}' is not among those of "
-                        f"{parts['train']}; rename or remove it")
+        raise UserError(f"--data {parts[wanted][0]}: class '{unknown[0]}' is not among those of "
+                        f"{parts['train'][0]}; rename or remove it")
     number = {name: c for c, name in enumerate(known)}
     return paths, [number[names[label]] for label in labels], known, called
 
 
 def _part(folder, name):
-    """The folder or the list of that name in a folder, or None."""
+    """[the folder or the list of that name in a folder], or its shards named so; [] if there are none."""
     for part in (folder / name, folder / f"{name}.txt"):
         if part.exists():
-            return part
-    return None
+            return [part]
+    return sorted(folder.glob(f"{name}-*.tar"))
 
 
 def _scan(folder, known=()):
@@ -106,6 +117,9 @@ def _scan(folder, known=()):
     if len(classes) < 2 and not set(classes) & set(known):
         left_out = Counter()
         paths, labels, classes = _pictures_below(folder, left_out), None, None
+        tars = [str(entry) for entry in entries if entry.name.endswith(".tar")]
+        if not paths and tars:
+            return _number(*read_shards(tars))
         if not paths:
             raise UserError(f"--data {folder}: no pictures in this folder ({' '.join(SUFFIXES)}); it has "
                             f"{_listed(left_out) or 'no files at all'}; is the path right?")
@@ -165,9 +179,16 @@ def _raise(error):
 
 
 def _read_list(path):
-    """As find_pictures, of lines `PICTURE` or `PICTURE LABEL`; paths are relative to the list's folder."""
+    """As find_pictures, of lines `PICTURE` or `PICTURE LABEL`, or of lines that name shards.
+
+    Paths are relative to the list's folder.
+    """
     paths, labels, names_in = [], [], {}
-    for number, line in enumerate(path.read_text(errors="surrogateescape").split("\n"), 1):
+    lines = path.read_text(errors="surrogateescape").split("\n")
+    if next(filter(None, map(str.strip, lines)), "").endswith(".tar"):
+        patterns = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+        return _number(*read_shards(itertools.chain(*map(expand, patterns))))
+    for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line:
             continue
@@ -188,38 +209,62 @@ def _read_list(path):
         labels.append(label)
     if not paths:
         raise UserError(f"--data {path}: an empty list; it needs a path of a picture a line")
-    if labels[0] is None:
+    return _number(paths, None if labels[0] is None else labels)
+
+
+def _number(paths, labels):
+    """(paths, numbers, class names) of a list's labels, or of None. Decimal ones are the numbers, unless most
+    numbers up to the largest, above 1,000, are missing. Others are sorted, by number or by name."""
+    if labels is None:
         return paths, None, None
-    return paths, *_number_labels(labels)
-
-
-def _number_labels(labels):
-    """(numbers, class names) of a list's labels: decimal ones are the numbers, unless most numbers up to the
-    largest, above 1,000, are missing. Others are sorted, by number or by name."""
     if all(label.isdecimal() and len(label) < 19 for label in labels):
         numbers = [int(label) for label in labels]
         names = sorted(set(numbers))
         if names[-1] < max(1000, 2 * len(names)):
-            return numbers, [str(c) for c in range(1 + names[-1])]
+            return paths, numbers, [str(c) for c in range(1 + names[-1])]
         labels, names = map(str, numbers), [str(number) for number in names]
     else:
         names = sorted(set(labels))
     number = {name: c for c, name in enumerate(names)}
-    return [number[label] for label in labels], names
+    return paths, [number[label] for label in labels], names
 
 
 # ---------------------------------------------------------------- files
-def read_picture(path):
+@functools.cache
+def jpeg_decoder(name):
+    """torchvision's or simplejpeg's function from the bytes of a JPEG file to uint8 [3, H, W]. UserError."""
+    try:
+        if name == "simplejpeg":
+            from simplejpeg import decode_jpeg
+            return lambda content: torch.from_numpy(decode_jpeg(content, "RGB")).permute(2, 0, 1)
+        from torchvision.io import ImageReadMode
+        from torchvision.io import decode_jpeg as decode
+        warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)    # since version 0.29
+        return lambda content: decode(torch.frombuffer(bytearray(content), dtype=torch.uint8),
+                                      ImageReadMode.RGB)
+    except ImportError:
+        raise UserError(f"--decoder {name}: is not installed; pip install {name}, or take another") from None
+
+
+def read_picture(path, decoder=None):
     """A picture file as uint8 [3, H, W].
 
     EXIF orientation is applied; of several frames it is the first. What is transparent is put on white, as
-    colours under it are arbitrary. Pillow reads it, as torchvision's JPEG decoder takes 0.85 instead of
-    0.95 ms and is deprecated since version 0.29. Raises UserError, one line, for everything else.
+    colours under it are arbitrary. Pillow reads it; a decoder, see jpeg_decoder, takes less time for upright
+    JPEG files of gray or RGB. Pillow still checks their size first, and what a decoder refuses is Pillow's to
+    read or to refuse. Raises UserError, one line, for everything else.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):        # opening a pipe would wait for its other end
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        packed = read_member(os.fspath(path))
+        if packed is None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")         # opening a pipe would wait for its other end
+        with (open(path, "rb") if packed is None else io.BytesIO(packed)) as file, \
+                Image.open(file, formats=FORMATS) as image:
+            if (decoder and image.format == "JPEG" and image.mode in ("RGB", "L")
+                    and image.getexif().get(ExifTags.Base.Orientation, 1) == 1):
+                file.seek(0)
+                with suppress(ValueError, RuntimeError):
+                    return jpeg_decoder(decoder)(file.read())
             deep_colours = any(";16" in str(tile) for tile in image.tile)      # Pillow keeps the upper 8 bits
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):

@@ -32,7 +32,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     network_flags(parser)
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a data set, a folder or a list of pictures; without it the checkpoint's own")
+    add("--data", help="a data set, a folder, list or shards of pictures; without it the checkpoint's own")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     folder_flags(parser)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, num_workers, own_group
+from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, loader_workers, own_group
 from model import BatchNorm, ViT
 from optim import cosine
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
@@ -43,8 +43,8 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     network_flags(parser)
     add = parser.add_argument_group("data and features").add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of labelled pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--n-last-blocks", type=at_least(1), default=4, help="ViT: blocks whose class tokens are joined")
     add("--mean-of-patches", action="store_true", help="ViT: join the mean of the last patch tokens, too")
@@ -54,7 +54,7 @@ def get_parser():
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--jitter", action="store_true", help="colour jitter and lighting noise, published for Feature1 to 5")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("heads").add_argument
     add("--lrs", type=at_least(0, float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0],
         help="learning rates for batch size 256; scaled linearly for others")
@@ -247,7 +247,7 @@ def main(args):
     jitter = dict(jitter=(0.4, 0.4, 0.4, 0), jitter_p=1, lighting=0.1) if args.jitter else {}
     crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(data), **jitter)
     views = Views([(size, crop)], mean, std)
-    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
 
     # ---------------------------------------------------------------- model: a frozen backbone, trained heads
@@ -281,7 +281,7 @@ def main(args):
     else:
         loader = iter(torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-            num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
+            **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
             generator=torch.Generator()))        # else it draws from the generator that a checkpoint keeps
 
     def score_held():                        # top-1 and top-5 [2, L, G]

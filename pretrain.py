@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, loader_workers, own_group
 from knn import knn_images, scores_to_watch
 from loss import momentum_twist_loss, twist_loss
 from model import ARCHS, build_network, bunch_layout, watch_logits, zero_init_residual
@@ -43,7 +43,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--data", default="fashion-mnist",
-        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or list of files")
+        help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, list or shards")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others multicrop with local crops, barlow without")
@@ -59,7 +59,7 @@ def get_parser():
         help="mean of the pixels (0 to 1), one number or three; without it the data set's own")
     add("--std", type=at_least(1e-6, float), nargs="+", metavar="S",
         help="standard deviation of the pixels, one number or three; without it the data set's own")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
     add("--init", metavar="FILE", help="start from its weights, a run's or any project's; with --restarts 1")
@@ -164,7 +164,7 @@ def main(args):
     recipe = pick_views(args.views, args.data, published="multicrop" if args.num_local else "barlow")
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
                         min_scale=args.min_scale, local_scale=args.local_scale, arch=config["arch"])
-    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
@@ -204,7 +204,7 @@ def main(args):
     run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, restarts=restarts)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
     health = watch_logits(model.projection_heads.last_linear, run, scaler)

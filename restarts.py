@@ -96,7 +96,8 @@ def loss_on_fresh_views(model, batches, args, device, num_images=2048):
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     views = batches.views
-    fresh = Batches(batches.dataset, args.batch_size, views, args.seed + 1_000_000, rank, world_size)
+    fresh = Batches(batches.dataset, args.batch_size, views, args.seed + 1_000_000, rank, world_size,
+                    batches.crop_on)
     logits = []
     for step in range(max(1, min(num_images, len(batches.dataset)) // args.batch_size)):
         images, uniforms, _ = fresh[step]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
+from data import Batches, build_dataset, folder_flags, folder_options, input_of, loader_workers, own_group
 from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
@@ -37,7 +37,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
     add("--checkpoint", required=True, help="checkpoint of pretrain.py; its network is trained further")
-    add("--data", help="a data set, folder or list of pictures; without it the data of the checkpoint")
+    add("--data", help="a data set, folder, list or shards of pictures; without it the checkpoint's")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
         "like fashion-mnist and mnist for these sets; for others selflabel with local crops, barlow without")
@@ -49,7 +49,7 @@ def get_parser():
     add("--num-local", type=at_least(0), default=0, help="local crops, besides the two global ones")
     add("--local-scale", type=at_least(0, float), nargs=2, metavar=("MIN", "MAX"),
         help="shares of the area in a local crop; without it those of --views")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("network").add_argument
     add("--bunch-size", type=at_least(0), default=0,
         help="images that NBS normalises together; 0: the global batch")
@@ -132,7 +132,7 @@ def main(args):
     recipe = pick_views(args.views, config["data"], published="selflabel" if args.num_local else "barlow")
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
                         min_scale=args.min_scale, local_scale=args.local_scale, arch=config["arch"])
-    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
     peak_lr = args.lr * args.batch_size / 256
@@ -168,7 +168,7 @@ def main(args):
     run.track(model=model, teacher=teacher, optimizer=optimizer, scaler=scaler, left_out=left_out)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, dataset), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
 
     # ---------------------------------------------------------------- train

@@ -39,7 +39,7 @@ from data import (
     hold_out,
     input_of,
     labelled,
-    num_workers,
+    loader_workers,
     own_group,
 )
 from model import build_backbone
@@ -56,8 +56,8 @@ def get_parser():
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
     group = parser.add_argument_group("data")
     add, add_either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder or a "
-        "list of labelled pictures; without it the data of the checkpoint")
+    add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
+        "list or shards of labelled pictures; without it the data of the checkpoint")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add_either("--labels", help="list of the images to train on: lines CLASS_NUMBER.JPEG, CLASS/FILE or "
                "CLASS/FILE LABEL; for in-memory sets INDEX or INDEX LABEL")
@@ -67,7 +67,7 @@ def get_parser():
         help="share of the labelled images that is scored instead of the test images")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
-    folder_flags(parser)
+    folder_flags(parser, crops=True)
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), default=20, help="passes over the labelled images")
     add("--batch-size", type=at_least(1), default=256, help="images in a step, of all processes together")
@@ -231,7 +231,7 @@ def main(args):
     check(args, train, held, test, world_size)
     crop = dict(scale=(args.min_scale, 1), interpolation=args.interpolation, flip=mirrored(data))
     views = Views([(size, crop)], mean, std)
-    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size)
+    batches = Batches(train, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
 
     # ---------------------------------------------------------------- model
@@ -265,7 +265,7 @@ def main(args):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, total_steps), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, train), pin_memory=device.type == "cuda",
+        **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that dropout uses
 
     def evaluate(part):                      # classes [n, 5] of this process's images; accuracies of all [2]

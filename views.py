@@ -25,6 +25,7 @@ UNIFORMS = 40
 # AlexNet's noise. The numbers are those of fb.resnet.torch.
 COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
+DEVICE_SIDE = 640                # pixels; of larger pictures workers cut the crops, whatever --crop-on says
 JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
 # The jitter's operations, by number, in a sequence that contains each of their 24 orders: every image takes
 # its own operations from it. None shorter does, and hue, which costs most, is in it only twice.
@@ -114,9 +115,46 @@ class Views(nn.Module):
             crops += [view.crop(pictures, u) for u in uniforms[first:end]]
         return crops
 
+    @property
+    def crop_bytes(self):
+        """Bytes of the crops of an image."""
+        return sum(3 * view.size ** 2 * (end - first) for view, first, end in self.groups)
+
+    def pad(self, pictures, uniforms):
+        """What a worker does with --crop-on device: a dict of B pictures uint8 [3, H, W], of any sizes.
+
+        pictures: uint8 [n, 3, H, W], each in the upper left corner, those that are not above DEVICE_SIDE;
+        sizes [n, 2]: theirs; crops: V × uint8 [B - n, 3, h, w] of the others; order [B]: which images these
+        are, one after the other; place [B]: where image i is among them.
+        """
+        is_large = torch.tensor([max(picture.shape) > DEVICE_SIDE for picture in pictures])
+        order = is_large.int().argsort(stable=True)
+        whole, large = order[~is_large[order]].tolist(), order[is_large[order]]
+        sizes = torch.tensor([pictures[i].shape[1:] for i in whole]).view(-1, 2)
+        H, W = sizes.max(0).values.tolist() if whole else (1, 1)
+        padded = torch.zeros(len(whole), H, W, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for room, i in zip(padded, whole, strict=True):
+            room[:, :pictures[i].shape[1], :pictures[i].shape[2]] = pictures[i]
+        crops = self.crop([pictures[i] for i in large.tolist()], uniforms[:, large])
+        return dict(pictures=padded, sizes=sizes, crops=crops, order=order, place=order.argsort())
+
+    def crop_padded(self, packed, uniforms, device):
+        """The dict of `pad` -> V crops [B, 3, h, w] in 0..1 on `device`. One view at a time bounds memory."""
+        pictures, place = (packed[name].to(device, non_blocking=True) for name in ("pictures", "place"))
+        whole, plans, crops = packed["order"][:len(pictures)], [], []
+        for view, first, end in self.groups:
+            for u in uniforms[first:end, whole]:
+                plans.append([(view.resize, list(view.draw_crop(u, *packed["sizes"].T).values()))])
+        for [(resize, drawn)], large in zip(send(plans, device), packed["crops"], strict=True):
+            both = torch.cat([resize(pictures, *drawn), to_unit(large, device)])
+            crops.append(both.index_select(0, place))
+        return crops
+
     def forward(self, images, uniforms, device=None):
         """Images or crops, and uniforms, as `Batches` gives them -> V inputs [B, 3, h, w] on `device`."""
         device = torch.device(device or "cpu")
+        if isinstance(images, dict):
+            images = self.crop_padded(images, uniforms, device)
         is_cut, number = isinstance(images, list), uniforms.shape[1]
         images = images if is_cut else images.to(device, non_blocking=True)
         plans = []
@@ -132,12 +170,17 @@ class Views(nn.Module):
         for run, plan in zip(self.runs, send(plans, device), strict=True):
             start, end = run[0][1], run[-1][2]
             if is_cut:
-                crops = [crop.to(device, non_blocking=True) for crop in images[start:end]]
-                x = torch.cat(crops).float() / 255
+                crops = [to_unit(crop, device) for crop in images[start:end]]
+                x = torch.cat(crops)
             else:
                 x = images.repeat(end - start, 1, 1, 1)
             inputs += run[0][0].make(x, plan).chunk(end - start)
         return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+
+
+def to_unit(crops, device):
+    """Crops on `device` as numbers from 0 to 1, if they are still bytes."""
+    return crops if crops.is_floating_point() else crops.to(device, non_blocking=True).float() / 255
 
 
 def _input_size(group):
@@ -264,14 +307,16 @@ class RandomView(nn.Module):
 
         torch's kernel for bytes rounds between the axes, as Pillow does.
         """
-        heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).T
+        heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).view(-1, 2).T
         drawn = self.draw_crop(u, heights, widths)
-        boxes = torch.stack([drawn[key] for key in ("top", "left", "height", "width")], 1).int().tolist()
+        keys = ("top", "left", "height", "width", "flip")
+        boxes = torch.stack([drawn[key] for key in keys], 1).int().tolist()
         crops = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
-        for crop, picture, (top, left, h, w) in zip(crops, pictures, boxes, strict=True):
+        for crop, picture, (top, left, h, w, flip) in zip(crops, pictures, boxes, strict=True):
             part = picture[None, :, top:top + h, left:left + w]
-            crop.copy_(F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0])
-        return torch.where(drawn["flip"].view(-1, 1, 1, 1), crops.flip(-1), crops)
+            made = F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0]
+            crop.copy_(made.flip(-1) if flip else made)
+        return crops
 
     def plan(self, u, channels, frame=None, first=0):
         """What happens to B images: a dict {place: (change, tensors on the CPU)}, to `join`.

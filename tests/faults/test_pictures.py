@@ -677,3 +677,63 @@ def test_a_process_that_meets_too_many_ends_with_code_2_and_the_other_as_for_a_l
                  f"--output-dir {tmp_path}/run", ranks=2, code=2)
     assert "rank 0: 11 of 60 pictures cannot be read" in err
     assert "rank 1: another process of this run died" in err
+
+
+# ---------------------------------------------------------------- other decoders of JPEG files
+def read_or_refused(path, decoder=None):
+    try:
+        return read_picture(path, decoder)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("decoder", ["torchvision", "simplejpeg"])
+def test_other_decoders_read_and_refuse_what_pillow_does(decoder, tmp_path):
+    """EXIF orientation, gray, CMYK, other formats, damage: to a level, and with the same words."""
+    pytest.importorskip(decoder)
+    rotated = {f"rotated-{o}.jpg": encoded("JPEG", NOISE, **exif(o)) for o in (1, 3, 6, 8)}
+    samples = {f"sampled-{s}.jpg": encoded("JPEG", NOISE, subsampling=s) for s in range(3)}
+    samples["a-flipped-bit.jpg"] = flipped(encoded("JPEG", NOISE), b"\xff\xda", 900, 0x10)
+    contents = {name: content for name, (content, _) in (ODD | BROKEN).items()
+                if isinstance(content, bytes) and name.endswith((".jpg", "12-bit-colour.png"))}
+    for name, content in (contents | rotated | samples).items():
+        path = tmp_path / name
+        write(path, content)
+        expected, ours = read_or_refused(path), read_or_refused(path, decoder)
+        if isinstance(expected, str):
+            assert ours == expected, name
+        else:
+            assert ours.shape == expected.shape and (ours.int() - expected.int()).abs().max() <= 1, name
+    dataset = build_dataset(str(tmp_path), "train", decoder=decoder)
+    assert dataset.decoder == decoder
+
+
+def test_a_decoder_reads_what_it_can(tmp_path, monkeypatch):
+    """And nothing else: Pillow has checked the size, and reads what is rotated or no RGB JPEG."""
+    calls = []
+    monkeypatch.setattr(picture_files, "jpeg_decoder", lambda name: lambda content: calls.append(name))
+    for name, content in (("rgb.jpg", encoded("JPEG")), ("gray.jpg", encoded("JPEG", picture().convert("L"))),
+                          ("turned.jpg", encoded("JPEG", **exif(6))), ("rgb.png", encoded("PNG")),
+                          ("cmyk.jpg", encoded("JPEG", picture().convert("CMYK")))):
+        write(tmp_path / name, content)
+        result = read_picture(tmp_path / name, "torchvision")
+        assert (result is None) == (name in ("rgb.jpg", "gray.jpg"))
+    assert calls == ["torchvision"] * 2
+    read_picture(tmp_path / "rgb.jpg")
+    assert len(calls) == 2
+    size = encoded("JPEG").index(b"\xff\xc0") + 5
+    content = bytearray(encoded("JPEG"))
+    content[size:size + 4] = b"\xff\xff\xff\xff"               # 65535 × 65535 pixels
+    (tmp_path / "bomb.jpg").write_bytes(content)
+    with pytest.raises(UserError, match="exceeds limit"):
+        read_picture(tmp_path / "bomb.jpg", "torchvision")
+    assert len(calls) == 2
+
+
+def test_a_decoder_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    picture_files.jpeg_decoder.cache_clear()
+    write(tmp_path / "a.jpg", encoded("JPEG"))
+    with pytest.raises(UserError, match="--decoder simplejpeg: is not installed; pip install simplejpeg"):
+        build_dataset(str(tmp_path), "train", decoder="simplejpeg")

@@ -266,7 +266,7 @@ def test_flags_that_parse_args_resolves():
     ("--lrs", "argument --lrs"),
     ("--num-class 3", "unrecognized arguments: --num-class 3; did you mean --num-classes?"),
     ("--zzz", "unrecognized arguments: --zzz; toy.py --help lists what there is"),
-    ("--output-dir my pictures", "arguments: pictures; a value with spaces stands in quotes"),
+    ("--output-dir my pictures", "arguments: pictures; a value with spaces or braces stands in quotes"),
     ("--arch resnet51", "'vit_s'); did you mean resnet50?"),
     ("--arch=x", "; toy.py --help lists what there is"),
     ("@recipes/resnet50_twoviews.txt", "did you mean @recipes/resnet50_two_views.txt?"),

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 import torchvision
 import torchvision.transforms as T
 from PIL import Image, ImageOps
+from processes import same
 from sklearn.datasets import load_sample_image
 
 import data
 import folders
+import views as views_module
 from checkpoint import UserError
 from data import (
     EMBEDDED,
@@ -32,10 +35,11 @@ from data import (
     folder_options,
     hold_out,
     labelled,
+    loader_workers,
     num_workers,
 )
 from folders import SUFFIXES, in_validation, read_picture
-from views import UNIFORMS, RandomView, build_views, crop_resize, normalize
+from views import UNIFORMS, RandomView, Views, build_views, crop_resize, normalize
 
 PHOTOGRAPHS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
 
@@ -291,14 +295,14 @@ def test_classes_are_taken_in_the_files_order(tmp_path):
 
 def test_a_checkpoint_says_which_parts_and_classes_were_trained_on(tmp_path):
     make(tmp_path, "mine/a.jpg", "other/a.jpg")
-    trained = dict(data=f"{tmp_path}/mine", val_share=0.3, group_names=True, classes=["x"])
-    own = dict(val_share=0.3, group_names=True, classes=["x"])
-    nothing = dict(val_share=None, group_names=None, classes=None)
+    own = dict(val_share=0.3, group_names=True, classes=["x"], decoder="torchvision")
+    trained = dict(own, data=f"{tmp_path}/mine")
+    nothing = dict(val_share=None, group_names=None, classes=None, decoder=None)
     assert options_of([], trained) == own and options_of([], trained, f"{tmp_path}/other/../mine/") == own
     assert options_of([], trained, f"{tmp_path}/other") == options_of([], trained, "fake") == nothing
     assert options_of([]) == options_of([], dict(data=None)) == options_of([], dict(data="fake")) == nothing
-    given = options_of(["--val-share", "0"], trained)
-    assert given == dict(own, val_share=0)
+    given = options_of(["--val-share", "0", "--decoder", "pillow"], trained)
+    assert given == dict(own, val_share=0, decoder=None)
     with pytest.raises(UserError, match="--group-names: needs --val-share"):
         options_of(["--group-names"])
 
@@ -518,6 +522,63 @@ def test_crops_of_files_and_of_memory_are_the_same_views(tmp_path):
         dataset.made = views(*Batches(dataset, 6, views, seed=2)[0][:2])
     for mine, other in zip(files.made, memory.made, strict=True):
         assert (mine - other).abs().mean() < 0.02 and mine.shape == other.shape and mine.std() > 0.3
+
+
+def test_crops_on_the_device_are_the_workers(tmp_path, monkeypatch):
+    """Of upright, lying and too large pictures in one batch, for any number of each; mirrored ones, too."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    recipes = [(48, dict(scale=(0.4, 1)))] * 2 + [(24, dict(scale=(0.05, 0.4)))] * 2
+    views = Views(recipes, mean, std)
+    for i, size in enumerate([(64, 48), (48, 64), (60, 61), (90, 30), (40, 40), (30, 90)]):
+        photograph(i, *size).save(tmp_path / f"{i}.png")
+    dataset = build_dataset(str(tmp_path), "train")
+    by_workers, by_device = (Batches(dataset, 6, views, seed=4, crop_on=on) for on in ("workers", "device"))
+    expected = views(*by_workers[0][:2])
+    for side, whole in ((640, 6), (70, 4), (20, 0)):
+        monkeypatch.setattr(views_module, "DEVICE_SIDE", side)
+        packed, uniforms, _ = by_device[0]
+        assert len(packed["pictures"]) == whole and len(packed["crops"][0]) == 6 - whole
+        assert (packed["order"].tolist() == [*range(6)]) == (side != 70)        # these are put in order again
+        for mine, other in zip(views(packed, uniforms), expected, strict=True):
+            levels = (mine - other).abs() * torch.tensor(std).view(-1, 1, 1) * 255
+            assert mine.shape == other.shape and levels.max() <= 1.6 and levels.mean() < 0.4
+            assert other.std() > 0.3
+    for workers in (0, 2):                                      # as a loader gives it
+        loader = torch.utils.data.DataLoader(by_device, batch_size=None, sampler=[0], num_workers=workers)
+        assert same(next(iter(loader))[0], packed)
+
+
+def test_what_workers_hold_is_bounded_and_a_small_shared_memory_is_said(tmp_path, monkeypatch, capfd):
+    make(tmp_path, *[f"{i}.png" for i in range(4)])
+    files = build_dataset(str(tmp_path), "train")
+    views = build_views("multicrop", (0.5,), (0.25,), 224, 96, 12)
+    batches = Batches(files, 4, views, seed=0)
+    assert batches.item_bytes == 4 * (2 * 3 * 224 ** 2 + 12 * 3 * 96 ** 2 + 14 * 40 * 4)
+    images, uniforms, _ = batches[0]
+    assert batches.item_bytes == sum(x.nbytes for x in (*images, uniforms))
+    whole = Batches(files, 4, views, seed=0, crop_on="device")
+    assert whole.item_bytes == 4 * (3 * 640 ** 2 + 14 * 40 * 4)
+    gray = Batches(build_dataset("fashion-mnist", "test"), 256, range(2), 0, rank=1, world_size=2)
+    assert gray.item_bytes == sum(x.nbytes for x in gray[0][:2])
+    room = SimpleNamespace(f_bavail=64, f_frsize=2 ** 20)
+    monkeypatch.setattr(os, "statvfs", lambda path: room, raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert loader_workers(0, batches) == dict(num_workers=0)
+    assert loader_workers(8, batches) == dict(num_workers=8, prefetch_factor=2)
+    assert capfd.readouterr().err == ""
+    batches.batch_size, batches.mine = 256, slice(0, 256)       # 155 MiB
+    assert loader_workers(3, batches) == dict(num_workers=3, prefetch_factor=2)
+    assert loader_workers(12, batches) == dict(num_workers=12, prefetch_factor=1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    room.f_bavail = 2 ** 20                                     # enough
+    loader_workers(12, batches)
+    room.f_bavail = 8000
+    loader_workers(12, batches)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("warning: /dev/shm has ") for line in lines)
+    assert "64 MiB, 12 workers of each process may need 2,0" in lines[1] and "--workers 0 fits" in lines[1]
+    assert "--workers 5 fits, or enlarge it (docker --shm-size 16g)" in lines[2], lines[2]
 
 
 def test_eval_batches(folder):

@@ -20,9 +20,9 @@ from cli import parse_args
 ROOT = Path(__file__).parents[2]
 SOURCES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 STAGES = [name for name in SOURCES if "def get_parser" in SOURCES[name]]
-SHARED = {"loss.py", "model.py", "data.py", "folders.py", "views.py", "optim.py", "checkpoint.py", "cli.py",
-          "run.py", "pictures.py", "predictions.py", "pretrained.py", "restarts.py", "clusters.py",
-          "results.py", "page.py", "logistic.py", "transfer_sets.py"}
+SHARED = {"loss.py", "model.py", "data.py", "folders.py", "shards.py", "views.py", "optim.py",
+          "checkpoint.py", "cli.py", "run.py", "pictures.py", "predictions.py", "pretrained.py",
+          "restarts.py", "clusters.py", "results.py", "page.py", "logistic.py", "transfer_sets.py"}
 TRAINED = ("pretrain.py", "barlow.py", "selflabel.py", "distill.py")
 # lines and cyclomatic complexity of `main`
 LIMITS = dict.fromkeys(TRAINED, (120, 25))
@@ -31,7 +31,7 @@ LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
-ALSO = {"folders.py": {"PIL", "pillow_heif"}, "pictures.py": {"PIL", "matplotlib"},
+ALSO = {"folders.py": {"PIL", "pillow_heif", "simplejpeg"}, "pictures.py": {"PIL", "matplotlib"},
         "page.py": {"PIL"}}
 # PIL comes with torchvision, the others are optional
 

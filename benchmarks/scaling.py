@@ -1,0 +1,145 @@
+"""How time and memory of a training step grow with views, classes, batch and processes, on a CPU.
+
+    python benchmarks/scaling.py           under 5 minutes; OMP_NUM_THREADS is not read
+
+Step: resnet8 with TWIST's head on random views of 20 × 20 pixels, loss, backward, AdamW. Its CPU seconds with
+one thread are medians over rounds that visit all sizes in turn; memory is what the forward pass keeps for the
+backward pass. The exponent e of time ~ size^e is fitted to all sizes, and once more to the largest two. Then
+two gloo processes with one thread each take turns with one process of two threads: seconds by the clock, so
+on a machine that does other work look at the fastest turn of each.
+"""
+
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.loss import keep_freed_memory, saved_bytes  # noqa: E402
+from loss import twist_loss  # noqa: E402
+from model import Twist  # noqa: E402
+from optim import param_groups  # noqa: E402
+
+BASE = dict(V=4, C=256, B=32)                    # views of an image, classes, images of a step
+SIZES = dict(V=(2, 4, 8, 16), C=(1024, 4096, 16384, 65536), B=(16, 32, 64, 128))
+ROUNDS, TURNS, STEPS, BATCH = 5, 9, 5, 128       # TURNS of STEPS steps with BATCH images, two views of each
+REQUIRED = dict(V=1.05, C=1.05)                  # the largest exponents of time
+
+
+class Step:
+    """One training step of a network of its own; world_size: processes that share the B images."""
+
+    def __init__(self, V, C, B, world_size=1):
+        torch.manual_seed(0)
+        self.model = Twist("resnet8", num_classes=C, hidden_dim=256).to(memory_format=torch.channels_last)
+        self.ddp = DistributedDataParallel(self.model) if world_size > 1 else self.model
+        self.optimizer = torch.optim.AdamW(param_groups(self.model, 1e-4), lr=1e-3)
+        self.views = [torch.randn(B // world_size, 3, 20, 20) for _ in range(V)]
+        self.views = [x.contiguous(memory_format=torch.channels_last) for x in self.views]
+
+    def loss(self, _=None):
+        return twist_loss(self.ddp(self.views)).total
+
+    def run(self):
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def cpu_seconds(function):
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def exponent(sizes, values):
+    return np.polyfit(np.log(sizes), np.log(values), 1)[0]
+
+
+def grow(name, sizes):
+    """Prints how a step, its loss alone, and its memory grow with one size."""
+    steps, losses, seconds = [], [], {}
+    for size in sizes:
+        shape = BASE | {name: size}
+        steps.append(Step(**shape))
+        losses.append(torch.randn(shape["V"], shape["B"], shape["C"], requires_grad=True))
+    for number in range(ROUNDS + 1):
+        for i, (step, logits) in enumerate(zip(steps, losses, strict=True)):
+            times = cpu_seconds(step.run), cpu_seconds(lambda x=logits: twist_loss(x).total.backward())
+            if number > 0:                       # the first round warms up
+                seconds.setdefault(i, []).append(times)
+    medians = [[statistics.median(column) for column in zip(*seconds[i], strict=True)] for i in seconds]
+    rows = {"step, ms": [1e3 * step for step, _ in medians], "loss, ms": [1e3 * loss for _, loss in medians],
+            "kept, MiB": [saved_bytes(step.loss, torch.empty(0)) / 2 ** 20 for step in steps]}
+    fixed = ", ".join(f"{key} {value}" for key, value in BASE.items() if key != name)
+    print(f"{name} of {', '.join(map(str, sizes))}; {fixed}")
+    for what, values in rows.items():
+        limit = f" (required: at most {REQUIRED[name]})" if name in REQUIRED and what == "step, ms" else ""
+        last = exponent(sizes[-2:], values[-2:])
+        print(f"  {what:10s} {'  '.join(f'{value:8.2f}' for value in values)}   exponent "
+              f"{exponent(sizes, values):.2f}, of the largest two {last:.2f}{limit}", flush=True)
+
+
+def serve(pipe, rank, world_size, threads, port):
+    """A process that makes STEPS steps whenever it is told to, and answers with the seconds."""
+    torch.set_num_threads(threads)
+    if world_size > 1:
+        dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world_size)
+    step = Step(2, 10, BATCH, world_size)
+    while pipe.recv():
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step.run()
+        pipe.send(time.perf_counter() - start)
+
+
+def compare_processes():
+    """Images a second of one process with two threads, and of two processes with one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    groups, seconds = {(1, 2): [], (2, 1): []}, {(1, 2): [], (2, 1): []}        # (processes, threads)
+    for (world_size, threads), pipes in groups.items():
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, rank, world_size, threads, port), daemon=True).start()
+            pipes.append(ours)
+    for turn in range(TURNS + 1):
+        for group, pipes in groups.items():
+            for pipe in pipes:
+                pipe.send(True)
+            slowest = max([pipe.recv() for pipe in pipes])
+            if turn > 0:
+                seconds[group].append(slowest)
+    for pipe in groups[1, 2] + groups[2, 1]:
+        pipe.send(False)
+    for name, choose in (("median", statistics.median), ("fastest", min)):
+        one, two = (STEPS * BATCH / choose(seconds[group]) for group in groups)
+        print(f"{name} turn: one process with two threads {one:,.0f} images/s, two processes with one thread "
+              f"each {two:,.0f}: {two / one:.2f} of it (required: at least 0.9)")
+
+
+def main():
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    memory = "kept" if keep_freed_memory() else "returned to the system"
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPUs{load}; "
+          f"freed memory is {memory}; medians of {ROUNDS} rounds", flush=True)
+    torch.set_num_threads(1)
+    for name, sizes in SIZES.items():
+        grow(name, sizes)
+    compare_processes()
+
+
+if __name__ == "__main__":
+    main()
