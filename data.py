@@ -26,6 +26,7 @@ import torchvision
 from checkpoint import UserError, printable, to_stderr
 from cli import at_least
 from folders import find_pictures, in_validation, jpeg_decoder, read_picture, warn_once
+from scenes import compose
 from views import DEVICE_SIDE, UNIFORMS, normalize
 
 INPUTS = {                       # built-in sets: size in pixels; mean and std by channel, of pixels in 0..1
@@ -287,6 +288,16 @@ def _built_in(name, split, seed, data_dir):
         return ImageSet(images, labels, list(EMBEDDED_CLASSES[name]), part=part)
     dataset = _fake(train, seed) if name == "fake" else _from_torchvision(name, split, data_dir)
     return replace(dataset, part=part)
+
+
+def scenes(split, num, size, seed):
+    """`num` scenes of size × size pixels, a scenes.Scenes: Fashion-MNIST's clothes on coloured noise.
+
+    split: train or val, which have other clothes (the set's training and test images). Scene i is the same
+    whatever num is. It has n items, one to four: boxes float [n, 4], labels 0 to 9 [n], masks bool [n, H, W].
+    """
+    clothes = _built_in("fashion-mnist", {"train": "train", "val": "test"}[split], seed, None)
+    return compose(clothes.images[:, 0], clothes.labels, num, size, [seed, 13, split == "train"])
 
 
 def _from_torchvision(name, split, data_dir):

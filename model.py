@@ -209,10 +209,11 @@ def synchronize_batch_norms(module):
 
 
 @torch.no_grad()
-def reestimate_batch_norms(network, batches):
-    """Sets the running statistics of a Twist's batch norms to their means over batches [B, 3, H, W].
+def reestimate_batch_norms(network, batches, forward=None):
+    """Sets the running statistics of a network's batch norms to their means over batches [B, 3, H, W].
 
     A multi-crop run leaves statistics of crops of several sizes, which differ from those of whole images.
+    After few steps they lag behind the weights. forward: makes a pass of a batch; default: that of a Twist.
     """
     norms = [module for module in network.modules() if hasattr(module, "running_mean")]
     before = [(norm, norm.momentum, getattr(norm, "bunch_size", None)) for norm in norms]
@@ -220,7 +221,7 @@ def reestimate_batch_norms(network, batches):
     for i, x in enumerate(batches):
         for norm in norms:               # 1, 1/2, 1/3, ...: the running statistic is then a plain mean
             norm.momentum, norm.bunch_size = 1 / (i + 1), None
-        network([x])
+        forward(x) if forward else network([x])
     for norm, momentum, bunch_size in before:
         norm.momentum, norm.bunch_size = momentum, bunch_size
 
@@ -236,6 +237,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem_width, stem_kernel, stride=2, padding=stem_kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_width)
+        self.relu = nn.ReLU(inplace=True)        # a child, as feature_maps runs the children in their order
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if max_pool else nn.Identity()
         self.stages, inputs = [], stem_width
         for i, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
@@ -252,7 +254,7 @@ class ResNet(nn.Module):
         self.pool, self.feature_dim = pool, inputs * pool * pool
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             x = getattr(self, name)(x)
         return F.adaptive_avg_pool2d(x, self.pool).flatten(1)                     # [B, feature_dim]
@@ -415,6 +417,66 @@ def zero_init_residual(backbone):
             nn.init.zeros_(module.bn2.weight)
         elif isinstance(module, Bottleneck):
             nn.init.zeros_(module.bn3.weight)
+
+
+class FeatureMaps(nn.ModuleDict):
+    """A ResNet up to a stage, with the names of its state dict: images [B, 3, H, W] -> {name: [B, C, h, w]}.
+
+    Built by feature_maps. channels: {name: C}.
+    """
+
+    def forward(self, x):
+        maps = {}
+        for name, child in self.items():
+            x = child(x)
+            if name in self.channels:
+                maps[name] = x
+        return maps
+
+
+def feature_maps(backbone, names):
+    """The maps after stages of a ResNet (layer1, layer2, ...) as a FeatureMaps, which shares its layers.
+
+    They are those of the backbone's own forward pass. What comes after the last of these stages is left out.
+    Raises ValueError for a stage that it has not, and for another network than a ResNet.
+    """
+    stages = stages_of(backbone)
+    for name in names:
+        if name not in stages:
+            raise ValueError(f"it has no stage '{name}'; choose from {', '.join(stages)}")
+    last = max(names, key=stages.index)
+    children = dict(backbone.named_children())
+    order = list(children)                       # in which both kinds of ResNet run them
+    maps = FeatureMaps({name: children[name] for name in order[:order.index(last) + 1]})
+    maps.channels = {}
+    for name in names:
+        norms = [module for module in children[name].modules() if hasattr(module, "running_mean")]
+        maps.channels[name] = norms[-1].num_features
+    return maps
+
+
+def stages_of(backbone):
+    """The names of a ResNet's stages, in their order. Raises ValueError for another network."""
+    if not isinstance(backbone, (ResNet, torchvision.models.ResNet)):
+        raise ValueError(f"a {type(backbone).__name__} has no stages with maps; use a ResNet")
+    return [name for name, _ in backbone.named_children() if name.startswith("layer")]
+
+
+def dilate(backbone):
+    """Takes the strides out of a ResNet's stages from the third on, in place; its later kernels are dilated.
+
+    Maps become larger, and hold those of the strided network at every second or fourth place. Of four stages
+    it is what torchvision's replace_stride_with_dilation=[False, True, True] builds: the last map has stride
+    8 instead of 32. With the three of resnet8 it is 4 instead of 8. Raises ValueError for another network.
+    """
+    dilation = 1
+    for stage in stages_of(backbone)[2:]:
+        convs = [module for module in getattr(backbone, stage).modules() if isinstance(module, nn.Conv2d)]
+        before, dilation = dilation, 2 * dilation
+        for conv in convs:
+            if conv.kernel_size[0] > 1:          # the convolution that had the stride sees the places of old
+                conv.dilation = conv.padding = (before if conv.stride[0] > 1 else dilation,) * 2
+            conv.stride = (1, 1)
 
 
 def multi_crop(backbone, views):

@@ -361,3 +361,43 @@ def draw_neighbours(path, images, queries, nearest, similarity, groups=None, nam
     lines = [*_wrap(title, 15 * columns), *_wrap(text, 15 * columns)]
     figure.suptitle("\n".join(lines), fontsize=9, y=0.99)
     figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------- segmentation
+def class_colours():
+    """uint8 [256, 3]: PASCAL VOC's colour of each class. Class 0 is black, 255 is light."""
+    numbers = np.arange(256)
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):                 # three bits of the number at a time go to red, green, and blue
+        for channel in range(3):
+            colours[:, channel] |= (numbers >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def draw_segmentation(path, rows, height=128):
+    """Writes a PNG with a row for each of some pictures: the picture, its classes, and the predicted ones.
+
+    rows: of (uint8 [C, H, W], classes [H, W], classes [H, W]); height: of a row in pixels. Two such rows
+    stand side by side.
+    """
+    from PIL import Image
+
+    colours, strips = class_colours(), []
+    for image, *maps in rows:
+        size = max(1, round(height * image.shape[2] / image.shape[1])), height
+        parts = [Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()).resize(size)]
+        for numbers in maps:
+            parts.append(Image.fromarray(colours[np.asarray(numbers)]).resize(size, Image.Resampling.NEAREST))
+        framed = [np.pad(part, ((2, 2), (2, 2), (0, 0)), constant_values=255) for part in parts]
+        strips.append(np.concatenate(framed, 1))
+    if not strips:
+        return
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(strip, ((0, 0), (0, width + 8 - strip.shape[1]), (0, 0)), constant_values=255)
+              for strip in strips]
+    if len(strips) % 2:
+        strips.append(np.full_like(strips[0], 255))
+    pairs = [np.concatenate(strips[i:i + 2], 1) for i in range(0, len(strips), 2)]
+    picture = io.BytesIO()
+    Image.fromarray(np.concatenate(pairs)).save(picture, "PNG")
+    write_atomically(path, picture.getvalue())
