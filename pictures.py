@@ -361,3 +361,47 @@ def draw_neighbours(path, images, queries, nearest, similarity, groups=None, nam
     lines = [*_wrap(title, 15 * columns), *_wrap(text, 15 * columns)]
     figure.suptitle("\n".join(lines), fontsize=9, y=0.99)
     figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------- detection
+def draw_detections(path, test, found, height=192, least=0.5, columns=4):
+    """Writes a PNG of pairs: the objects of a picture, and beside them what was detected in it.
+
+    test: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score that is drawn.
+    """
+    import torch
+    from PIL import Image
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    tiles = []
+    for index, prediction in found:
+        image, target = test.images[index].expand(3, -1, -1), test.target(index)
+        scale = height / image.shape[1]
+        size = height, max(1, round(image.shape[2] * scale))
+        image = torch.nn.functional.interpolate(image[None].float(), size)[0].byte()
+        sides = []
+        for objects in (target, prediction):
+            boxes, labels, drawn = objects["boxes"], objects["labels"], image
+            scores = objects.get("scores", torch.ones(len(boxes)))
+            chosen = scores >= least
+            if "masks" in objects and chosen.any():
+                masks = torch.nn.functional.interpolate(objects["masks"][chosen][None].float(), size)[0] > 0.5
+                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
+            if chosen.any():
+                names = [test.class_names[label] for label in labels[chosen].tolist()]
+                if "scores" in objects:
+                    names = [f"{name} {score:.2f}" for name, score in
+                             zip(names, scores[chosen].tolist(), strict=True)]
+                drawn = draw_bounding_boxes(drawn, boxes[chosen] * scale, names, colors=RED)
+            sides.append(np.pad(drawn.permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
+        tiles.append(np.concatenate(sides, 1))
+    if not tiles:
+        return
+    width = max(tile.shape[1] for tile in tiles) + 8
+    tiles = [np.pad(tile, ((0, 8), (0, width - tile.shape[1]), (0, 0)), constant_values=255) for tile in tiles]
+    columns = max(1, columns // 2)
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
+    picture = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(picture, "PNG")
+    write_atomically(path, picture.getvalue())
