@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 from checkpoint import UserError, printable, say_once
 from data import FASHION_MNIST_CLASSES, Batches, ImageSet, scenes
+from segment_sets import VOC_CLASSES
 from views import normalize
 
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor")
+CLASSES = VOC_CLASSES[1:]        # without the background
 VOC = {"training images": (("2007", "trainval"), ("2012", "trainval")), "test images": (("2007", "test"),)}
 COCO = {"training images": "train2017", "test images": "val2017"}
 WHERE = {
@@ -181,7 +180,7 @@ def read_voc(root, sources, part, masks):
             # by the name in the list: the <filename> in some annotations is another
             size, objects = read_xml(folder / f"Annotations/{line}.xml")
             rows.append((line, folder / f"JPEGImages/{line}.jpg", size, objects))
-    return gather(part, rows, VOC_CLASSES)
+    return gather(part, rows, CLASSES)
 
 
 class NoDoctype(ElementTree.TreeBuilder):
@@ -207,9 +206,9 @@ def read_xml(path):
             name = item.findtext("name").strip()
             left, top, right, bottom = (float(item.findtext(f"bndbox/{side}"))
                                         for side in ("xmin", "ymin", "xmax", "ymax"))
-            if name not in VOC_CLASSES:
+            if name not in CLASSES:
                 raise ValueError(f"'{name[:40]}' is no class of VOC")
-            objects.append(((left - 1, top - 1, right, bottom), VOC_CLASSES.index(name),
+            objects.append(((left - 1, top - 1, right, bottom), CLASSES.index(name),
                             item.findtext("difficult", "0").strip() == "1"))
     except OSError:
         raise

@@ -389,8 +389,10 @@ def feature_maps(backbone, names):
     children = dict(backbone.named_children())
     order = list(children)                       # in which both kinds of ResNet run them
     maps = FeatureMaps({name: children[name] for name in order[:order.index(last) + 1]})
-    norms = {name: [m for m in children[name].modules() if hasattr(m, "running_mean")] for name in names}
-    maps.channels = {name: norms[name][-1].num_features for name in names}
+    maps.channels = {}
+    for name in names:
+        norms = [module for module in children[name].modules() if hasattr(module, "running_mean")]
+        maps.channels[name] = norms[-1].num_features
     return maps
 
 

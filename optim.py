@@ -57,6 +57,11 @@ def cosine(step, total_steps, start, end):
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
 
 
+def poly(step, total_steps, start, end, power=0.9):
+    """From `start` at step 0 to `end` at step `total_steps`, almost linearly (DeepLab, arXiv 1606.00915)."""
+    return end + (start - end) * (1 - step / total_steps) ** power
+
+
 def warmup_cosine(step, total_steps, warmup_steps, peak, final):
     """0 -> peak linearly over `warmup_steps` from step 0, then half a cosine towards `final`."""
     if step < warmup_steps:              # the first step has learning rate 0, as in the released code

@@ -363,45 +363,79 @@ def draw_neighbours(path, images, queries, nearest, similarity, groups=None, nam
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------- detection
-def draw_detections(path, test, found, height=192, least=0.5, columns=4):
-    """Writes a PNG of pairs: the objects of a picture, and beside them what was detected in it.
+# ---------------------------------------------------------------- segmentation and detection
+def class_colours():
+    """uint8 [256, 3]: PASCAL VOC's colour of each class. Class 0 is black, 255 is light."""
+    numbers = np.arange(256)
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):                 # three bits of the number at a time go to red, green, and blue
+        for channel in range(3):
+            colours[:, channel] |= (numbers >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
 
-    test: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score that is drawn.
+
+def draw_segmentation(path, rows, height=128):
+    """Writes a PNG with a row for each of some pictures: the picture, its classes, and the predicted ones.
+
+    rows: of (uint8 [C, H, W], classes [H, W], classes [H, W]); height: of a row in pixels. Two such rows
+    stand side by side.
+    """
+    from PIL import Image
+
+    colours, strips = class_colours(), []
+    for image, *maps in rows:
+        size = max(1, round(height * image.shape[2] / image.shape[1])), height
+        parts = [Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()).resize(size)]
+        for numbers in maps:
+            parts.append(Image.fromarray(colours[np.asarray(numbers)]).resize(size, Image.Resampling.NEAREST))
+        framed = [np.pad(part, ((2, 2), (2, 2), (0, 0)), constant_values=255) for part in parts]
+        strips.append(np.concatenate(framed, 1))
+    _save_strips(path, strips)
+
+
+def draw_detections(path, pictures, found, height=192, least=0.5):
+    """Writes a PNG of pairs: the objects of a picture, and beside them what was found in it.
+
+    pictures: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score that is drawn.
     """
     import torch
-    from PIL import Image
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    tiles = []
+    strips = []
     for index, prediction in found:
-        image, target = test.images[index].expand(3, -1, -1), test.target(index)
-        scale = height / image.shape[1]
-        size = height, max(1, round(image.shape[2] * scale))
-        image = torch.nn.functional.interpolate(image[None].float(), size)[0].byte()
-        sides = []
-        for objects in (target, prediction):
-            boxes, labels, drawn = objects["boxes"], objects["labels"], image
-            scores = objects.get("scores", torch.ones(len(boxes)))
-            chosen = scores >= least
+        image, parts = pictures.images[index].expand(3, -1, -1)[None].float(), []
+        scale = height / image.shape[2]
+        size = height, max(1, round(scale * image.shape[3]))
+        image = torch.nn.functional.interpolate(image, size)[0].byte()
+        for objects in (pictures.target(index), prediction):
+            names, drawn = [pictures.class_names[label] for label in objects["labels"].tolist()], image
+            chosen = torch.ones(len(names), dtype=torch.bool)
+            if "scores" in objects:
+                chosen = objects["scores"] >= least
+                names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
             if "masks" in objects and chosen.any():
                 masks = torch.nn.functional.interpolate(objects["masks"][chosen][None].float(), size)[0] > 0.5
                 drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
             if chosen.any():
-                names = [test.class_names[label] for label in labels[chosen].tolist()]
-                if "scores" in objects:
-                    names = [f"{name} {score:.2f}" for name, score in
-                             zip(names, scores[chosen].tolist(), strict=True)]
-                drawn = draw_bounding_boxes(drawn, boxes[chosen] * scale, names, colors=RED)
-            sides.append(np.pad(drawn.permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
-        tiles.append(np.concatenate(sides, 1))
-    if not tiles:
+                names = [name for name, drawn_too in zip(names, chosen.tolist(), strict=True) if drawn_too]
+                drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=RED)
+            parts.append(np.pad(drawn.permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
+        strips.append(np.concatenate(parts, 1))
+    _save_strips(path, strips)
+
+
+def _save_strips(path, strips):
+    """Writes a PNG of strips uint8 [h, w, 3] of one height, two side by side; none of no strips."""
+    from PIL import Image
+
+    if not strips:
         return
-    width = max(tile.shape[1] for tile in tiles) + 8
-    tiles = [np.pad(tile, ((0, 8), (0, width - tile.shape[1]), (0, 0)), constant_values=255) for tile in tiles]
-    columns = max(1, columns // 2)
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(strip, ((0, 0), (0, width + 8 - strip.shape[1]), (0, 0)), constant_values=255)
+              for strip in strips]
+    if len(strips) % 2:
+        strips.append(np.full_like(strips[0], 255))
+    pairs = [np.concatenate(strips[i:i + 2], 1) for i in range(0, len(strips), 2)]
     picture = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(picture, "PNG")
+    Image.fromarray(np.concatenate(pairs)).save(picture, "PNG")
     write_atomically(path, picture.getvalue())

@@ -3,6 +3,7 @@
 data.scenes makes them of Fashion-MNIST, so boxes and masks are exact, and nothing is downloaded.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ def compose(items, labels, num, size, key):
     item is resized to a square with a side of a quarter to half of the scene's.
     """
     plans = [plan(len(items), size, np.random.default_rng([*key, i])) for i in range(num)]
-    used = torch.tensor([index for _, placed in plans for index, *_ in placed])
+    everything = chain.from_iterable(placed for _, placed in plans)
+    used = torch.tensor([index for index, *_ in everything])
     shapes = fill_holes(items[used] >= DARKEST)                      # of all scenes at once, which is faster
     drawn = iter(torch.stack([items[used].float(), 255.0 * shapes], 1))          # each [2, h, w]
     found = [paint(size, rng, placed, drawn, labels) for rng, placed in plans]
@@ -69,8 +71,8 @@ def overlap(side, top, left, other_side, other_top, other_left):
 def paint(size, rng, placed, drawn, labels):
     """(image, boxes, labels, masks) of a scene. drawn: an iterator: items and their shapes [2, h, w]."""
     coarse = torch.from_numpy(rng.random((1, 3, 6, 6), dtype=np.float32))
-    image = 150 * F.interpolate(coarse, (size, size), mode="bilinear")[0]
-    image += torch.from_numpy(rng.integers(0, 60, image.shape, np.uint8))
+    image = 70 * F.interpolate(coarse, (size, size), mode="bilinear")[0]
+    image += torch.from_numpy(rng.integers(0, 50, image.shape, np.uint8))
     masks = torch.zeros(len(placed), size, size, dtype=torch.bool)
     for i, (_, side, top, left) in enumerate(placed):
         item, mask = F.interpolate(next(drawn)[None], (side, side), mode="bilinear")[0]

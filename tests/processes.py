@@ -37,6 +37,8 @@ STAGES = {                       # flags of a run of 24 steps or 33; {network} i
     "lincls": "--checkpoint {network} --batch-size 40 --epochs 3 --lrs 0.3 3",
     "semisup": "--checkpoint {network} --batch-size 32 --epochs 3 --label-fraction 0.5",
     "finetune": "--checkpoint {network} --data fake --batch-size 32 --steps 24",
+    "segment": "--checkpoint {network} --num-scenes 24 8 --short-side 32 --crop-size 32 --head-width 8 "
+               "--batch-size 4 --steps 24 --bn-batches 2",
 }
 OFTEN = "--print-every 2 --save-every 3"
 PATIENCE = 1800                  # seconds for what takes a few, as the machine may be doing other work

@@ -6,8 +6,9 @@ import torchvision
 
 from model import build_backbone, dilate, feature_maps, stages_of
 
+LARGE = ("resnet8w2_2x2", "resnet50", "resnet50w2")
 RESNETS = ["resnet8", "resnet8_2x2", "resnet18",
-           *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("resnet8w2_2x2", "resnet50", "resnet50w2"))]
+           *(pytest.param(arch, marks=pytest.mark.slow) for arch in LARGE)]
 
 
 def random_network(arch, small_images=False):

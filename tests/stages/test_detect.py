@@ -22,7 +22,7 @@ from checkpoint import UserError, load_checkpoint
 from data import ImageSet, scenes
 from detect import decay_groups, get_parser, learning_rate
 from detection_sets import (
-    VOC_CLASSES,
+    CLASSES,
     Bitmaps,
     Steps,
     Whole,
@@ -362,7 +362,7 @@ def test_voc_is_read_as_published(small_sets):
     """Trainval of both years, difficult objects too, parts of objects not, numbers from 1 become from 0."""
     train, test = read_set("voc", small_sets, None, None, 0)
     assert train.names == [f"2007_tr{i}" for i in range(4)] + [f"2012_tr{i}" for i in range(5)]
-    assert test.names == [f"2007_te{i}" for i in range(4)] and train.class_names == sorted(VOC_CLASSES)
+    assert test.names == [f"2007_te{i}" for i in range(4)] and train.class_names == sorted(CLASSES)
     assert train.firsts.diff().tolist() == [1, 2, 2, 2, 1, 2, 2, 2, 2]
     target, (height, width) = train.target(3), train.sizes[3].tolist()
     assert train.images[3].shape == (3, height, width)

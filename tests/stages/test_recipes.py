@@ -27,6 +27,8 @@ SEED = dict(num_local=6, image_size=224, local_size=96, queue_size=65536, studen
             weight_decay=1e-4, momentum=0.9, milestones=None, views="seed", peak=0.03)
 LINEAR = dict(weight_decays=[0], batch_size=1024, epochs=100, min_scale=0.08, held_out=0)
 FEW_LABELS = dict(weight_decay=0, milestones=None, batch_size=256, min_scale=0.08, interpolation="bilinear")
+SEGMENTED = dict(scale_range=[0.5, 2], cat_max_ratio=0.75, distortion=True, head_width=512, aux_weight=0.4,
+                 dropout=0.1, kaiming=True, lr=0.01, min_lr=1e-4, weight_decay=5e-4, bn_batches=0)
 # What was published, run by run; `peak` is the learning rate that training reaches.
 PUBLISHED = {
     "resnet50_two_views": dict(LARS, arch="resnet50", views="barlow", num_local=0, num_classes=32768,
@@ -58,6 +60,11 @@ PUBLISHED = {
     "finetune_short": dict(steps=5000, batch_size=64, bn_momentum=0.1, resize_side=224, grid=True,
                            lrs=pytest.approx([1e-4, 1e-3, 1e-2, 1e-1]), min_scale=0.08,
                            weight_decays=pytest.approx([0, 1e-6, 1e-5, 1e-4, 1e-3])),
+    **{name: dict(SEGMENTED, data=data, short_side=sides[0], long_side=sides[1], crop_size=crop, steps=steps,
+                  batch_size=batch, window=window, window_stride=stride, align_corners=window > 0)
+       for name, data, sides, crop, steps, batch, window, stride in (
+           ("voc12aug_fcn", "voc12aug", (512, 2048), 512, 20000, 16, 0, 64),
+           ("cityscapes_fcn", "cityscapes", (1025, 2049), 769, 40000, 8, 769, 513))},
     "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
                           costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
     "voc07_svm": dict(depth=5, shots=["all"],
@@ -138,8 +145,9 @@ ALIKE = [recipe for recipe in TRAINED               # they differ from another i
 
 
 def test_a_recipe_that_trains_nothing(here, networks, tmp_path):
-    """The recipes of svm.py need VOC; test_svm.py makes a small one."""
-    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot", "voc07_svm"}
+    """Those of svm.py and segment.py need data; test_svm.py and test_segment.py make it, small."""
+    assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot", "voc07_svm", "voc12aug_fcn",
+                                           "cityscapes_fcn"}
     here(f"knn.py @{RECIPES['barlow_twins_knn']} --checkpoint {networks['resnet8']} --output-dir {tmp_path}")
     assert (tmp_path / "metrics.json").exists()
 
