@@ -1,4 +1,4 @@
-"""Object detection with a pre-trained backbone, as in the paper's Table 5: boxes, and with --masks their masks.
+"""Object detection with a pre-trained backbone, as in the paper's Table 5: boxes, and with --masks masks.
 
     python detect.py --checkpoint weights/fashion-mnist.pth                    scenes, CPU or one GPU
     python detect.py --checkpoint weights/fashion-mnist.pth --random-init      the same network from scratch
@@ -31,7 +31,7 @@ from detection_metrics import (
     coco_numbers,
     mask_overlaps,
     paste,
-    voc_average_precision,
+    voc_average_precision,  # noqa: F401
     voc_numbers,
 )
 from detection_sets import Steps, Whole, read_set, scaled
@@ -42,8 +42,8 @@ from pretrained import load_network, network_flags
 from rcnn import Detector
 from run import Run
 
-__all__ = ["Detector", "main", "voc_average_precision"]
 SHOWN = 12                       # test images in detections.png
+SAID = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
 
 
 def get_parser():
@@ -56,7 +56,8 @@ def get_parser():
     add("--width", type=at_least(1), default=32, help="channels of the pyramid and of the heads")
     add("--convs", type=at_least(0), default=1, help="convolutions of the box head and of the mask head")
     add("--fc-width", type=at_least(1), default=128, help="channels of the box head's last layer")
-    add("--anchor-scale", type=at_least(1e-3, float), default=4.0, help="side of an anchor, in a map's strides")
+    add("--anchor-scale", type=at_least(1e-3, float), default=4.0,
+        help="side of an anchor in strides of its map")
     add("--anchors", type=at_least(2), default=64, help="anchors of an image that the loss takes")
     add("--rois", type=at_least(1), default=32, help="boxes of an image that the heads are trained on")
     add("--pre-nms", type=at_least(1), nargs=2, default=[200, 200], metavar=("TRAIN", "TEST"),
@@ -84,7 +85,7 @@ def get_parser():
         help="steps after which the learning rate falls to a tenth; without it, it follows a cosine to 0")
     add("--warmup-steps", type=at_least(0), default=20,
         help="steps over which the learning rate rises linearly from a thousandth")
-    add("--weight-decay", type=at_least(0, float), default=1e-4, help="of all weights and biases, not of norms")
+    add("--weight-decay", type=at_least(0, float), default=1e-4, help="of weights and biases, not of norms")
     add("--bn-batches", type=at_least(0), default=20,
         help="batches that estimate the batch norms of the trained network; 0: keep the running statistics")
     add = parser.add_argument_group("run").add_argument
@@ -134,8 +135,10 @@ def learning_rate(step, total_steps, peak, warmup_steps, milestones):
 
 def decay_groups(network, weight_decay):
     """Groups of parameters: those that decay, and those of norms, which do not."""
-    norms = [param for module in network.modules() if hasattr(module, "running_var")
-             for param in module.parameters()]
+    norms = []
+    for module in network.modules():
+        if hasattr(module, "running_var"):
+            norms += module.parameters()
     of_norms = {*map(id, norms)}
     others = [param for param in network.parameters() if id(param) not in of_norms]
     return [dict(params=others, weight_decay=weight_decay), dict(params=norms, weight_decay=0.0)]
@@ -163,10 +166,9 @@ def detect(network, test, args, mean, std, rank, world_size):
         prediction = {name: value[seen] for name, value in prediction.items()}
         if "masks" in prediction:
             prediction["masks"] = paste(prediction["masks"], prediction["boxes"], own)
-        if test.class_ids:                   # at once, as run lengths are much smaller than masks
-            prediction["entries"] = coco_entries(prediction, test.names[index], test.class_ids)
-            if len(found) >= SHOWN:
-                prediction.pop("masks", None)
+        prediction["entries"] = coco_entries(prediction, test.names[index], test.class_ids)
+        if test.class_ids and len(found) >= SHOWN:       # run lengths in the entries are much smaller
+            prediction.pop("masks", None)
         found.append((index, prediction))
     return found
 
@@ -174,20 +176,24 @@ def detect(network, test, args, mean, std, rank, world_size):
 def score(test, found, masks):
     """The numbers of metrics.json for detections found as by detect(), those of all processes together."""
     if test.class_ids:
-        entries = [entry for _, prediction in found for entry in prediction["entries"]]
-        kinds = dict(bbox="", segm="mask_") if masks else dict(bbox="")
-        return {prefix + name: value for kind, prefix in kinds.items()
-                for name, value in coco_numbers(test.annotations, entries, kind).items()}
-    targets = [test.target(index) for index, _ in found]
-    targets = [target | as_published(target["boxes"]) for target in targets]
-    predictions = [prediction | as_published(prediction["boxes"], prediction["scores"]) for _, prediction in found]
+        entries = sum((prediction["entries"] for _, prediction in found), [])
+        numbers = coco_numbers(test.annotations, entries, "bbox")
+        return numbers | (with_prefix(coco_numbers(test.annotations, entries, "segm")) if masks else {})
+    targets, predictions = [], []
+    for index, prediction in found:
+        target = test.target(index)
+        targets.append(target | as_published(target["boxes"]))
+        predictions.append(prediction | as_published(prediction["boxes"], prediction["scores"]))
+        if masks:
+            targets[-1]["masks"] = test.masks.masks[test.objects(index)]
     numbers = voc_numbers(predictions, targets, test.class_names)
     if masks:
-        for target, (index, _) in zip(targets, found, strict=True):
-            target["masks"] = torch.stack(test.masks.masks[test.objects(index)])
-        more = voc_numbers(predictions, targets, test.class_names, mask_overlaps)
-        numbers |= {f"mask_{name}": value for name, value in more.items()}
+        numbers |= with_prefix(voc_numbers(predictions, targets, test.class_names, mask_overlaps))
     return numbers
+
+
+def with_prefix(numbers):
+    return {f"mask_{name}": value for name, value in numbers.items()}
 
 
 def main(args):
@@ -239,8 +245,9 @@ def main(args):
         pin_memory=device.type == "cuda", generator=torch.Generator()))    # else it draws from the samples'
 
     # ---------------------------------------------------------------- train
-    run.say(f"{len(train.images):,} images with {len(train.labels):,} objects to train on, {len(test.images):,} "
-            f"to test on; {source['arch']}, {'random weights' if args.random_init else 'pre-trained'}")
+    start = "random weights" if args.random_init else "pre-trained"
+    run.say(f"{len(train.images):,} images with {len(train.labels):,} objects to train on, "
+            f"{len(test.images):,} to test on; {source['arch']}, {start}")
     network.train()
     for step in run.steps():                 # saves; ends the run on a signal or a number that is not finite
         for group in optimizer.param_groups:
@@ -262,30 +269,30 @@ def main(args):
         run.watch(loss, norm)
 
         if run.logging:
-            means = {name: value.item() for name, value in run.average(loss=loss, **losses).items()}
-            run.log(" ".join(f"{name} {{{name}:.3f}}" for name in means), **means)
+            means = run.average(loss=loss, **losses)
+            numbers = {name: value.item() for name, value in means.items()}
+            run.log(" ".join(f"{name} {{{name}:.3f}}" for name in numbers), **numbers)
         if step + 1 == args.steps and args.bn_batches:       # before the last save; the statistics lag behind
             more = (run.next(loader) for _ in range(args.bn_batches))
-            reestimate_batch_norms(network, more, lambda batch: network(batch[0].to(device), batch[1],
-                                                                        on(device, batch[2])))
+            reestimate_batch_norms(network, more, lambda batch: network(
+                batch[0].to(device), batch[1], on(device, batch[2])))
 
     # ---------------------------------------------------------------- evaluate
     found = detect(network, test, args, mean, std, rank, world_size)
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, found)
-        found = [pair for part in parts for pair in part]
+        found = sum(parts, [])
     num_broken = found.count(None)
-    found = sorted((pair for pair in found if pair is not None), key=lambda pair: pair[0])
+    found = sorted(filter(None, found), key=lambda pair: pair[0])
     numbers = {}
     if rank == 0:
         numbers = score(test, found, args.masks)
         draw_detections(run.out / "detections.png", test, found[:SHOWN])
-        entries = [entry for index, prediction in found for entry in prediction.get(
-            "entries", coco_entries(prediction, test.names[index], ()))]
+        entries = sum((prediction["entries"] for _, prediction in found), [])
         write_atomically(run.out / "detections.json", json.dumps(entries).encode())
-        run.say(f"{len(found):,} test images: " + ", ".join(
-            f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float)))
+    said = [f"{name} {value:.4f}" for name, value in numbers.items() if name in SAID]
+    run.say(f"{len(found):,} test images: {', '.join(said)}")
     metrics = dict(checkpoint=args.checkpoint, data=args.data, random_init=args.random_init, lr=args.lr,
                    steps=args.steps, num_train=len(train.images), num_test=len(found), num_broken=num_broken)
     run.done(metrics | numbers, files=["detections.json", "detections.png"])
@@ -293,7 +300,10 @@ def main(args):
 
 def on(device, targets):
     """Dicts of tensors, moved to the device."""
-    return [{name: value.to(device) for name, value in target.items()} for target in targets]
+    moved = []
+    for target in targets:
+        moved.append({name: value.to(device) for name, value in target.items()})
+    return moved
 
 
 if __name__ == "__main__":

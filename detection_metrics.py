@@ -1,4 +1,4 @@
-"""Average precision of detections, by PASCAL VOC's rule of 2007 and by COCO's, and detections as COCO has them."""
+"""Average precision of detections, by PASCAL VOC's rule of 2007 and by COCO's; COCO's form of detections."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
 
 # ---------------------------------------------------------------- VOC
 def box_overlaps(found, wanted):
-    """Intersection over union [n, m] of boxes in whole pixels: both ends belong to a box, so widths are + 1."""
+    """Intersection over union [n, m] of boxes whose last pixels belong to them, so their widths are + 1."""
     a, b = (np.asarray(part["boxes"], np.float64).reshape(-1, 4) for part in (found, wanted))
     inner = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]) + 1
     inner = inner.clip(0).prod(2)
@@ -47,24 +47,28 @@ def voc_average_precision(predictions, targets, num_classes, iou, overlaps=box_o
         labels, of_objects = np.asarray(found["labels"], int), np.asarray(wanted["labels"], int)
         difficult = np.asarray(wanted["difficult"], bool)
         count += np.bincount(of_objects[~difficult], minlength=num_classes)
-        best, taken, ignored = np.zeros(len(labels)), np.zeros(len(labels), int), np.zeros(len(labels), bool)
-        if len(labels) and len(of_objects):
+        n = len(labels)
+        best, taken, ignored = np.zeros(n), np.zeros(n, int), np.zeros(n, bool)
+        if n and len(of_objects):
             shared = np.where(labels[:, None] == of_objects, overlaps(found, wanted), -1)
             best, taken = shared.max(1), shared.argmax(1)
             ignored = difficult[taken]
-        objects = np.stack([np.full(len(labels), number), taken], 1)
-        for column, values in zip(columns, (labels, np.asarray(found["scores"]), objects, best > iou, ignored),
-                                  strict=True):
-            column.append(values)
+        objects = np.stack([np.full(n, number), taken], 1)
+        values = labels, np.asarray(found["scores"]), objects, best > iou, ignored
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    aps = np.full(num_classes, np.nan)
     if not predictions:
-        return np.full(num_classes, np.nan)
+        return aps
     labels, scores, objects, matched, ignored = map(np.concatenate, columns)
-    return np.array([eleven_points(*(column[labels == c] for column in (scores, objects, matched, ignored)),
-                                   count[c]) for c in range(num_classes)])
+    for c in range(num_classes):
+        mine = labels == c
+        aps[c] = eleven_points(scores[mine], objects[mine], matched[mine], ignored[mine], count[c])
+    return aps
 
 
 def eleven_points(scores, objects, matched, ignored, count):
-    """AP of one class with `count` objects; see voc_average_precision. objects: [n, 2], picture and object."""
+    """AP of a class with `count` objects; see voc_average_precision. objects: [n, 2], picture and object."""
     if not count:
         return np.nan
     order = np.argsort(-scores, kind="stable")
@@ -72,7 +76,8 @@ def eleven_points(scores, objects, matched, ignored, count):
     objects, matched = objects[order], matched[order]
     right = np.zeros(len(order), bool)
     candidates = np.flatnonzero(matched)
-    right[candidates[np.unique(objects[matched], axis=0, return_index=True)[1]]] = True      # the first of each
+    first = np.unique(objects[matched], axis=0, return_index=True)[1]      # detection of each object
+    right[candidates[first]] = True
     hits = right.cumsum()
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
     needed = -(-np.arange(11) * count // 10)         # hits for each recall, rounded up, exact
@@ -81,13 +86,16 @@ def eleven_points(scores, objects, matched, ignored, count):
 
 
 def voc_numbers(predictions, targets, class_names, overlaps=box_overlaps):
-    """{AP, AP50, AP75: means over classes that have objects, AP50 of each class: {name: number or None}}."""
-    by_iou = np.array([voc_average_precision(predictions, targets, len(class_names), iou, overlaps)
-                       for iou in IOUS])                                          # [10, C]
+    """{AP, AP50, AP75: means over classes with objects, AP50_of_classes: {name: number or None}}."""
+    rows = [voc_average_precision(predictions, targets, len(class_names), iou, overlaps) for iou in IOUS]
+    by_iou = np.array(rows)                                                       # [10, C]
     means = np.nanmean(by_iou, 1)
-    by_class = {name: None if np.isnan(ap) else ap
-                for name, ap in zip(class_names, by_iou[0].tolist(), strict=True)}
-    return dict(AP=float(means.mean()), AP50=float(means[0]), AP75=float(means[5]), AP50_of_classes=by_class)
+    by_class = dict.fromkeys(class_names)
+    for name, ap in zip(class_names, by_iou[0].tolist(), strict=True):
+        if not np.isnan(ap):
+            by_class[name] = ap
+    means = means.tolist()
+    return dict(AP=sum(means) / 10, AP50=means[0], AP75=means[5], AP50_of_classes=by_class)
 
 
 def as_published(boxes, scores=None):
@@ -114,9 +122,8 @@ def paste(masks, boxes, size, threshold=0.5):
 def coco_entries(prediction, image_id, class_ids):
     """A prediction as a list of entries of COCO's result files; a mask becomes its run lengths."""
     entries = []
-    for i, (box, label, score) in enumerate(zip(*(prediction[name].tolist() for name in
-                                                  ("boxes", "labels", "scores")), strict=True)):
-        left, top, right, bottom = box
+    columns = [prediction[name].tolist() for name in ("boxes", "labels", "scores")]
+    for i, ((left, top, right, bottom), label, score) in enumerate(zip(*columns, strict=True)):
         entries.append(dict(image_id=image_id, category_id=class_ids[label] if class_ids else label,
                             bbox=[left, top, right - left, bottom - top], score=score))
         if class_ids and "masks" in prediction:
@@ -126,7 +133,7 @@ def coco_entries(prediction, image_id, class_ids):
 
 
 def coco_numbers(annotations, entries, kind):
-    """COCO's twelve numbers, {name: number}. kind: bbox or segm; annotations: the file; -1: no such objects."""
+    """COCO's twelve numbers, {name: number}; -1: no such objects. annotations: a file; kind: bbox or segm."""
     if not entries:
         return dict.fromkeys(COCO_NUMBERS, 0.0)
     tools = coco_tools()

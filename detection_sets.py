@@ -3,6 +3,7 @@
 The sizes and flips of a training step are a function of the seed and the step.
 """
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ LARGEST_XML = 2 ** 20            # bytes
 
 
 class Pictures(NamedTuple):
-    """N pictures and their M objects, in arrays that workers share. Those of picture i are firsts[i] and on."""
+    """N pictures and their M objects, in arrays that workers share; those of picture i begin at firsts[i]."""
     images: ImageSet
     names: list                  # what a picture is called in its data set
     sizes: torch.Tensor          # int64 [N, 2], height and width
@@ -52,13 +53,13 @@ class Pictures(NamedTuple):
 
 
 class Bitmaps:
-    """Masks of objects, each bool [H, W] of its whole picture."""
+    """Masks of M objects, bool [M, H, W], each of its whole picture."""
 
     def __init__(self, masks):
         self.masks = masks
 
     def draw(self, number, own, size):
-        """bool [h, w] of an object. own: (height, width) of its picture; size: (h, w), to which it is resized."""
+        """bool [h, w] of an object. own: (height, width) of its picture; size: (h, w) after resizing."""
         mask = self.masks[number][None, None].float()
         return F.interpolate(mask, size, mode="nearest-exact")[0, 0] > 0
 
@@ -68,10 +69,10 @@ class Polygons:
 
     def __init__(self, objects):
         """objects: for each a list of lists x, y, x, y, ..."""
-        rings = [ring for rings in objects for ring in rings]
+        rings = [*itertools.chain.from_iterable(objects)]
         self.firsts = np.cumsum([0, *map(len, objects)])                   # of an object, among the rings
         self.starts = np.cumsum([0, *map(len, rings)])                     # of a ring, among the numbers
-        self.numbers = np.array([x for ring in rings for x in ring], np.float32)
+        self.numbers = np.array([*itertools.chain.from_iterable(rings)], np.float32)
 
     def draw(self, number, own, size):
         mask_api, (height, width) = coco_tools().mask, own
@@ -107,8 +108,8 @@ def read_set(name, data_dir, num_scenes, size, seed, masks=False):
             what = getattr(error, "filename", None) or error
             raise UserError(f"--data {name}: there is no {what}, or it cannot be read; {place}") from None
         if len(pictures.images) != size:
-            raise UserError(f"--data {name}: it has {len(pictures.images):,} {part} instead of {size:,}, so it "
-                            f"is not whole; {place}")
+            raise UserError(f"--data {name}: it has {len(pictures.images):,} {part} instead of {size:,}, so "
+                            f"it is not whole; {place}")
         absent = next((path for path in pictures.images.paths if not os.path.exists(path)), None)
         if absent:
             raise UserError(f"--data {name}: there is no {os.fsdecode(absent)}; {place}")
@@ -120,11 +121,10 @@ def read_set(name, data_dir, num_scenes, size, seed, masks=False):
 
 def scene_pictures(split, part, num, size, seed):
     made = scenes(split, num, size, seed)
-    labels = torch.cat(made.labels)
+    labels, masks = torch.cat(made.labels), torch.cat(made.masks)
     return Pictures(ImageSet(made.images, None, None, part=part), [*range(num)],
                     torch.tensor([[size, size]] * num), cumulated(made.labels), torch.cat(made.boxes), labels,
-                    torch.zeros(len(labels), dtype=torch.bool), list(FASHION_MNIST_CLASSES),
-                    Bitmaps([mask for masks in made.masks for mask in masks]))
+                    torch.zeros(len(labels), dtype=torch.bool), list(FASHION_MNIST_CLASSES), Bitmaps(masks))
 
 
 def cumulated(lists):
@@ -139,16 +139,17 @@ def gather(part, rows, class_names, **more):
     kept, flat = [], []
     for _, path, _, objects in rows:
         kept.append([item for item in objects if has_area(item[0], path)])
-    for objects in kept:
-        flat += objects
+        flat += kept[-1]
     left_out = sum(len(row[3]) for row in rows) - len(flat)
     if left_out:
-        path = next(row[1] for row, objects in zip(rows, kept, strict=True) if len(row[3]) > len(objects))
+        first = next(i for i, objects in enumerate(kept) if len(objects) < len(rows[i][3]))
+        path = printable(str(rows[first][1]))
         say_once(f"{part}: {left_out:,} boxes without area are left out, the first in {path}")
     boxes, labels, difficult = zip(*flat, strict=True) if flat else ((), (), ())
-    paths = np.array([os.fsencode(row[1]) for row in rows])
-    return Pictures(ImageSet(None, None, None, paths, part=part), [row[0] for row in rows],
-                    torch.tensor([row[2] for row in rows]).view(-1, 2), cumulated(kept),
+    names, paths, sizes, _ = zip(*rows, strict=True) if rows else ((), (), (), ())
+    paths = np.array([*map(os.fsencode, paths)])
+    return Pictures(ImageSet(None, None, None, paths, part=part), [*names],
+                    torch.tensor(sizes).view(-1, 2), cumulated(kept),
                     torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(labels).long(),
                     torch.tensor(difficult).bool(), list(class_names), **more)
 
@@ -227,13 +228,18 @@ def coco_tools():
     return faster_coco_eval
 
 
+def is_ring(ring):
+    """Whether it is x, y, x, y, ... of three points at least."""
+    return len(ring) >= 6 and len(ring) % 2 == 0
+
+
 def read_coco(root, source, part, masks):
     path = root / f"annotations/instances_{source}.json"
     with open(path, "rb") as file:
         content = file.read()
     try:
         content = json.loads(content)
-        classes = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+        classes = dict(sorted((item["id"], item["name"]) for item in content["categories"]))
         label_of = {number: label for label, number in enumerate(classes)}           # 91 numbers, 80 classes
         objects = {picture["id"]: [] for picture in content["images"]}
         polygons = {picture: [] for picture in objects}
@@ -245,17 +251,19 @@ def read_coco(root, source, part, masks):
             objects[item["image_id"]].append((box, label_of[item["category_id"]], False))
             if masks and width > 0 and height > 0:
                 rings = item["segmentation"]
-                if not isinstance(rings, list) or {len(ring) >= 6 and len(ring) % 2 == 0 for ring in rings} != {True}:
+                if not isinstance(rings, list) or {*map(is_ring, rings)} != {True}:
                     raise ValueError(f"annotation {item['id']} has no polygon")
                 polygons[item["image_id"]].append(rings)
         rows = []
-        for picture in sorted(content["images"], key=lambda picture: picture["id"]):
+        for picture in sorted(content["images"], key=lambda item: item["id"]):
             name = picture["file_name"]
             if os.path.basename(name) != name:
                 raise ValueError(f"'{name[:40]}' is no name of a picture")
             rows.append((picture["id"], root / source / name, (int(picture["height"]), int(picture["width"])),
                          objects[picture["id"]]))
-        drawn = Polygons([rings for row in rows for rings in polygons[row[0]]]) if masks else None
+        drawn = None
+        if masks:
+            drawn = Polygons([*itertools.chain.from_iterable(polygons[row[0]] for row in rows)])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(printable(f"{path}: not annotations of COCO ({said}); fetch it again")) from None
@@ -351,7 +359,7 @@ def resized(picture, side, longest, mean, std):
 
 
 def scaled(boxes, own, size):
-    """Boxes [n, 4] of a picture of this own size (height, width) in one of another size, cut at its borders."""
+    """Boxes [n, 4] in a picture of size own (height, width), in one of size (h, w), cut at its borders."""
     (height, width), (h, w) = own, size
     boxes = boxes * torch.tensor([w / width, h / height, w / width, h / height])
     return boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h]))

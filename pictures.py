@@ -396,7 +396,7 @@ def draw_segmentation(path, rows, height=128):
 def draw_detections(path, pictures, found, height=192, least=0.5):
     """Writes a PNG of pairs: the objects of a picture, and beside them what was found in it.
 
-    pictures: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score that is drawn.
+    pictures: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score drawn.
     """
     import torch
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -412,14 +412,16 @@ def draw_detections(path, pictures, found, height=192, least=0.5):
             chosen = torch.ones(len(names), dtype=torch.bool)
             if "scores" in objects:
                 chosen = objects["scores"] >= least
-                names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
+                scores = objects["scores"].tolist()
+                names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
             if "masks" in objects and chosen.any():
                 masks = torch.nn.functional.interpolate(objects["masks"][chosen][None].float(), size)[0] > 0.5
                 drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
             if chosen.any():
                 names = [name for name, drawn_too in zip(names, chosen.tolist(), strict=True) if drawn_too]
                 drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=RED)
-            parts.append(np.pad(drawn.permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
+            drawn = drawn.permute(1, 2, 0).numpy()
+            parts.append(np.pad(drawn, ((2, 2), (2, 2), (0, 0)), constant_values=255))
         strips.append(np.concatenate(parts, 1))
     _save_strips(path, strips)
 

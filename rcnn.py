@@ -35,8 +35,9 @@ class Anchors(nn.Module):
         super().__init__()
         self.strides, self.cells = strides, []
         for sides in sizes:
-            shapes = [(side / ratio ** 0.5, side * ratio ** 0.5) for side in sides for ratio in RATIOS]
-            self.cells.append(torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in shapes]))
+            side, ratio = torch.cartesian_prod(torch.tensor(sides).float(), torch.tensor(RATIOS)).unbind(1)
+            half = torch.stack([side / ratio.sqrt(), side * ratio.sqrt()], 1) / 2          # width, height
+            self.cells.append(torch.cat([-half, half], 1))
 
     def num_anchors_per_location(self):
         return [len(cell) for cell in self.cells]
@@ -53,7 +54,7 @@ class Anchors(nn.Module):
 
 
 class Pooler(nn.Module):
-    """RoIs of the pictures -> [K, C, side, side], each from the map of its size (FPN, arXiv 1612.03144, eq. 1).
+    """RoIs -> [K, C, side, side], each from the map of its size (FPN, arXiv 1612.03144, equation 1).
 
     A box of 224 × 224 belongs to the map of stride 16.
     """
@@ -93,7 +94,8 @@ class FloatHead(RPNHead):
     """Its outputs are float32 under autocast, too: in half precision boxes would be pixels off."""
 
     def forward(self, maps):
-        return [[x.float() for x in outputs] for outputs in super().forward(maps)]
+        objectness, deltas = super().forward(maps)
+        return [*map(torch.Tensor.float, objectness)], [*map(torch.Tensor.float, deltas)]
 
 
 class Heads(RoIHeads):
@@ -118,7 +120,8 @@ class Heads(RoIHeads):
             logits = self.masks_of(maps, [picture["boxes"] for picture in found], sizes)
             labels = torch.cat([picture["labels"] for picture in found])
             masks = logits[torch.arange(len(labels)), labels].sigmoid()
-            for picture, part in zip(found, masks.split([len(p["labels"]) for p in found]), strict=True):
+            counts = [len(picture["labels"]) for picture in found]
+            for picture, part in zip(found, masks.split(counts), strict=True):
                 picture["masks"] = part
         return found, {}
 
@@ -193,9 +196,9 @@ class Detector(nn.Module):
                           MaskRCNNPredictor(width, width, num_classes)]
             zero_biases(mask_parts[2], std=0.001)
         generator = Anchors(rpn_strides, sizes)
+        tops = [dict(training=numbers[0], testing=numbers[1]) for numbers in (pre_nms, post_nms)]
         self.rpn = RPN(generator, FloatHead(width, generator.num_anchors_per_location()[0]), 0.7, 0.3,
-                       anchors, 0.5, *(dict(zip(("training", "testing"), numbers, strict=True))
-                                       for numbers in (pre_nms, post_nms)), nms_thresh=0.7)
+                       anchors, 0.5, *tops, nms_thresh=0.7)
         predictor = FastRCNNPredictor(inputs, num_classes + 1)
         zero_biases(predictor)
         nn.init.normal_(predictor.cls_score.weight, std=0.01)
@@ -255,10 +258,10 @@ def box_head(width, convs, fc_width):
 
 def zero_biases(module, std=None):
     """Sets the biases of linear layers and convolutions to 0; std: of the weights of the last one."""
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d,
-                                                                        nn.ConvTranspose2d))]
-    for layer in layers:
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            last = layer
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     if std:
-        nn.init.normal_(layers[-1].weight, std=std)
+        nn.init.normal_(last.weight, std=std)

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from detect import voc_average_precision
-from detection_metrics import COCO_NUMBERS, as_published, coco_entries, coco_numbers, mask_overlaps, paste
-from detection_metrics import voc_numbers
+from detection_metrics import (
+    COCO_NUMBERS,
+    as_published,
+    coco_entries,
+    coco_numbers,
+    mask_overlaps,
+    paste,
+    voc_numbers,
+)
 
 
 def overlap(a, b):
@@ -57,15 +64,15 @@ def slow_average_precision(predictions, targets, c, iou):
 def prediction(*rows):
     """rows: (box, label, score)."""
     boxes, labels, scores = zip(*rows, strict=True) if rows else ((), (), ())
-    return dict(boxes=torch.tensor(boxes, dtype=torch.float64).view(-1, 4), labels=torch.tensor(labels).long(),
-                scores=torch.tensor(scores, dtype=torch.float64))
+    return dict(boxes=torch.tensor(boxes, dtype=torch.float64).view(-1, 4),
+                labels=torch.tensor(labels).long(), scores=torch.tensor(scores, dtype=torch.float64))
 
 
 def target(*rows):
     """rows: (box, label, difficult)."""
     boxes, labels, difficult = zip(*rows, strict=True) if rows else ((), (), ())
-    return dict(boxes=torch.tensor(boxes, dtype=torch.float64).view(-1, 4), labels=torch.tensor(labels).long(),
-                difficult=torch.tensor(difficult).bool())
+    return dict(boxes=torch.tensor(boxes, dtype=torch.float64).view(-1, 4),
+                labels=torch.tensor(labels).long(), difficult=torch.tensor(difficult).bool())
 
 
 A, B, FAR = (0, 0, 9, 9), (20, 20, 39, 29), (70, 70, 80, 80)
@@ -77,7 +84,8 @@ A, B, FAR = (0, 0, 9, 9), (20, 20, 39, 29), (70, 70, 80, 80)
      6 / 11),
     ("nothing is found", [prediction()], [target((A, 0, False))], 0),
     ("a mistake before it", [prediction((FAR, 0, 0.9), (A, 0, 0.8))], [target((A, 0, False))], 1 / 2),
-    ("a mistake behind it costs nothing", [prediction((A, 0, 0.9), (FAR, 0, 0.8))], [target((A, 0, False))], 1),
+    ("a mistake behind it costs nothing", [prediction((A, 0, 0.9), (FAR, 0, 0.8))], [target((A, 0, False))],
+     1),
     ("the second on one object is wrong", [prediction((A, 0, 0.9), (A, 0, 0.8), (B, 0, 0.7))],
      [target((A, 0, False), (B, 0, False))], (6 + 5 * 2 / 3) / 11),
     ("a difficult one is neither right nor wrong", [prediction((B, 0, 0.9), (B, 0, 0.85), (A, 0, 0.8))],
