@@ -71,7 +71,7 @@ def get_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=at_least(1), default=300, help="training steps")
     add("--batch-size", type=at_least(1), default=8, help="images in a step, of all processes together")
-    add("--lr", type=at_least(1e-9, float), default=0.1, help="learning rate of the first step")
+    add("--lr", type=at_least(1e-9, float), default=0.03, help="learning rate of the first step")
     add("--min-lr", type=at_least(0, float), default=1e-4, help="learning rate at the end")
     add("--weight-decay", type=at_least(0, float), default=5e-4, help="of all weights, biases and norms")
     add("--bn-batches", type=at_least(0), default=20,

@@ -17,9 +17,10 @@ from sklearn.metrics import jaccard_score
 
 import segment_sets
 from checkpoint import UserError, load_checkpoint
-from data import ImageSet
+from data import ImageSet, input_of
 from model import build_backbone, reestimate_batch_norms
 from optim import poly
+from pretrained import load_pretrained
 from segment import FCN, Head, class_ious, confusion_matrix, ends, in_windows, mean_iou, pixel_loss
 from segment_sets import IGNORED, UNIFORMS, Crops, Pictures, distorted, is_mixed, read_set, resized
 from views import normalize
@@ -169,9 +170,10 @@ def test_sizes_are_mmsegmentations():
         assert x.shape == (1, 3, *expected) and resized_classes.shape == expected
     city = resized(torch.zeros(1, 1024, 2048, dtype=torch.uint8), torch.zeros(1024, 2048), (1025, 2049))[0]
     assert city.shape[2:] == (1025, 2049)
-    image = torch.arange(4, dtype=torch.uint8).view(1, 2, 2).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    x, classes = resized(50 * image, image[0], (24, 0))          # edges stay where they are
-    assert ((x[0, 0] * 255 / 50).round() != classes).float().mean() < 0.1
+    row = torch.arange(8, dtype=torch.uint8).expand(1, 6, 8)
+    x, classes = resized(row, row[0], (0, 0), 0.5)               # edges stay where they are in both
+    assert classes[0].tolist() == [1, 3, 5, 7]
+    torch.testing.assert_close(255 * x[0, 0, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]))
 
 
 def test_a_crop_should_not_be_of_one_class():
@@ -454,6 +456,28 @@ def test_batch_norms_are_estimated_by_the_trained_network(network, here, tmp_pat
     for name, value in copy.state_dict().items():
         torch.testing.assert_close(found[name], value, msg=name)
     assert not found["head.convs.0.1.running_mean"].equal(plain["head.convs.0.1.running_mean"])
+
+
+def test_a_plain_loop_arrives_at_the_same_weights(network, here, tmp_path):
+    here(scenes_command(network, tmp_path, "--dropout 0 --bn-batches 0 --lr 0.2 --min-lr 0.05 "
+                        "--weight-decay 0.01 --aux-weight 0.3"))
+    backbone, config = load_pretrained(network)
+    torch.manual_seed(0)
+    model = FCN(backbone, 11, width=8, dropout=0, kaiming=False).train()
+    train, _ = read_set("scenes", None, (16, 4), 32, 0)
+    crops = Crops(train, 8, 32, (32, 0), (1, 1), 1, False, *input_of(config)[1:], seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=0.01)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.05 + 0.15 * (1 - step / 3) ** 0.9
+        x, classes = crops[step]
+        scores, auxiliary = model(x)
+        loss = F.cross_entropy(scores, classes) + 0.3 * F.cross_entropy(auxiliary, classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = weights(tmp_path)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("bad, names", [
