@@ -23,7 +23,7 @@ from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, num_workers, own_group
 from lincls import fingerprint
-from loss import seed_loss, seed_target
+from loss import all_gather, seed_loss, seed_target
 from model import ARCHS, Embedder, build_network, patch_size
 from optim import LARS, param_groups, seed_lr, warmup_cosine
 from pretrained import load_teacher
@@ -123,10 +123,12 @@ def check(args, dataset, world_size):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     torch.manual_seed(args.seed)
 
@@ -158,11 +160,12 @@ def main(args):
 
     # ---------------------------------------------------------------- model
     if world_size > 1:                       # before the model: its batch norms see that there are others
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
     teacher.to(device, memory_format=torch.channels_last)
     model = build_network(config).to(device, memory_format=torch.channels_last)
-    ddp = DistributedDataParallel(model) if world_size > 1 else model
+    ddp = model
+    if world_size > 1:                       # buffers are equal anyway: batch norms are synchronised
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     queues = torch.randn(2 if args.num_local else 1, args.queue_size, embedding_dim)      # [Q, K, D]
     queues = F.normalize(queues, dim=-1).to(device)      # the same on all ranks, now and after every step
     torch.manual_seed(args.seed + rank)      # from here on noise (drop path) should differ between ranks
@@ -172,7 +175,8 @@ def main(args):
     if args.optimizer == "lars":
         optimizer = LARS(groups, lr=0.0, momentum=args.momentum)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2))
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2),
+                                      fused=device.type == "cuda" or None)           # None: torch's default
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -233,9 +237,7 @@ def gather(embeddings):
     """Embeddings [Q, B, D] of each process -> [Q, W·B, D] of all, in the order of the global batch."""
     if not dist.is_initialized():
         return embeddings
-    parts = [torch.empty_like(embeddings) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, embeddings.contiguous())
-    return torch.cat(parts, 1)
+    return all_gather(embeddings).transpose(0, 1).flatten(1, 2)
 
 
 def spread(embeddings):

@@ -157,10 +157,12 @@ def train_once(args, loaded, last=True):
     """Trains and scores by these flags, then ends by SystemExit, as its Run does; loaded: by load_network."""
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
@@ -189,9 +191,10 @@ def train_once(args, loaded, last=True):
         device, memory_format=torch.channels_last)
     set_bn_momentum(network, args.bn_momentum, batches.steps_per_epoch)
     if world_size > 1 and not dist.is_initialized():         # it is, in a grid after the first run
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
-    ddp = DistributedDataParallel(network) if world_size > 1 else network    # buffers are those of rank 0
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
+    ddp = network
+    if world_size > 1:                       # buffers are those of rank 0
+        ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
     torch.manual_seed(args.seed + rank)      # from here on noise (dropout) should differ between ranks
 
     # ---------------------------------------------------------------- optimizer
@@ -227,7 +230,7 @@ def train_once(args, loaded, last=True):
         x = views(images, uniforms, device)[0]                                    # [B, 3, h, w]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             logits = ddp(x)                                                       # [B, C]
-        loss = loss_of(logits.float(), labels.to(device))
+        loss = loss_of(logits.float(), labels.to(device, non_blocking=True))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply

@@ -104,8 +104,7 @@ def fingerprint(network):
     """SHA-256 of all parameters and buffers of a network, names and bits."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -193,7 +192,7 @@ def head_losses(logits, labels):
 
 
 def cache_features(batches_of_mine, batches, world_size):
-    """(features, rows) for training: L tensors [N, ...] of all images, and where in them image i is, [N].
+    """(tensors, rows) for training: L features [N, ...] and labels of all images, the row of image i, [N].
 
     batches_of_mine: of the features of this process's images. For an unreadable one another stands in.
     """
@@ -203,7 +202,7 @@ def cache_features(batches_of_mine, batches, world_size):
     rows = torch.arange(len(readable))
     for i in (~readable).nonzero()[:, 0].tolist():
         rows[i] = next(int(other) for other in batches.stand_ins(i) if readable[other])
-    return features, rows
+    return [*features, batches.dataset.labels.to(features[0].device)], rows.to(features[0].device)
 
 
 def report(names, grid, held_scores, best, test_scores, say):
@@ -228,10 +227,12 @@ def report(names, grid, held_scores, best, test_scores, say):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
@@ -262,13 +263,12 @@ def main(args):
         return map(features_of, eval_batches(part, source, device, args.batch_size, args.workers))
 
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
     torch.manual_seed(args.seed)
     grid = list(itertools.product(args.lrs, args.weight_decays))                  # G pairs
     example = features_of(torch.zeros(2, 3, size, size, device=device))
     heads = Heads(example, len(grid), len(train.class_names), args.depths or args.batch_norm).to(device)
-    ddp = DistributedDataParallel(heads) if world_size > 1 else heads
+    ddp = DistributedDataParallel(heads, broadcast_buffers=False) if world_size > 1 else heads
     optimizer = build_optimizer(heads, grid, args.batch_size, args.nesterov)
 
     # ---------------------------------------------------------------- resume
@@ -306,11 +306,11 @@ def main(args):
         # ---- one training step: B images of this process, G heads on each of L features
         if args.cached:
             indices = rows[batches.indices(step)]
-            features, labels = [x[indices] for x in cached], train.labels[indices]
+            *features, labels = [x[indices] for x in cached]
         else:
             images, uniforms, labels = run.next(loader)
             features = features_of(views(images, uniforms, device)[0])
-        losses = head_losses(ddp(features), labels.to(device))                    # [L, G]
+        losses = head_losses(ddp(features), labels.to(device, non_blocking=True))     # [L, G]
         optimizer.zero_grad()
         losses.sum().backward()              # a head's gradient comes from its own loss alone
         optimizer.step()

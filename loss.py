@@ -51,16 +51,16 @@ def twist_loss(logits, alpha=1.0, beta=1.0, eps=1e-5, num_global=2):
         raise ValueError(f"num_global: expected 1 to {V}, the number of views, got {num_global}")
 
     with torch.autocast(logits.device.type, enabled=False):
-        z = _raise_precision(logits)
+        z = raise_precision(logits)
         p = F.softmax(z, dim=-1)                                                     # [V, B, C]
         log_p = _log_probabilities(z, p, eps)                                        # [V, B, C]
         minus_entropy = (p * log_p).sum(-1)                                          # [V, B]
 
         # A global view is in a pair with each other view, a local view with each global one.
         G = num_global
-        pairs_of_view = [V - 1] * G + [G] * (V - G)
-        num_pairs = sum(pairs_of_view) // 2
-        weight = z.new_tensor(pairs_of_view) / (2 * num_pairs)                       # [V], sums to 1
+        num_pairs = (G * (V - 1) + (V - G) * G) // 2
+        is_global = torch.arange(V, device=z.device) < G     # made there: a copy would wait for the device
+        weight = torch.where(is_global, V - 1, G).to(z) / (2 * num_pairs)            # [V], sums to 1
 
         # No pair is formed: the cost is linear in V. For a pair (a, b), with a·b summed over classes,
         #   KL(a || b) + KL(b || a) = a·log a + b·log b - (a·log b + b·log a).
@@ -94,7 +94,7 @@ def momentum_twist_loss(teacher_logits, logits, alpha=1.0, beta=1.0, eps=1e-5):
     V, B, G = len(logits), logits.shape[1], len(teacher_logits)
 
     with torch.autocast(logits.device.type, enabled=False):
-        z, z_teacher = _raise_precision(logits), _raise_precision(teacher_logits.detach())
+        z, z_teacher = raise_precision(logits), raise_precision(teacher_logits.detach())
         p, q = F.softmax(z, dim=-1), F.softmax(z_teacher, dim=-1)                    # [V, B, C], [G, B, C]
         log_p, log_q = _log_probabilities(z, p, eps), _log_probabilities(z_teacher, q, eps)
 
@@ -123,9 +123,18 @@ def _of_global_batch(m_local, consistency_local, sharpness_local, weight, alpha,
 
 
 # ---------------------------------------------------------------- precision and processes
-def _raise_precision(x):
+def raise_precision(x):
     """Half and bfloat16 to float32; float64 stays. In bfloat16 0.01 + 1e-5 is 0.01: eps would be lost."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def all_gather(x, group=None):
+    """x of each process, of one shape -> [W, *x.shape], by one collective into one tensor."""
+    # torch renames it in 2.14, and warns of the name that older versions have
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    everyone = x.new_empty(dist.get_world_size(group) * x.numel())
+    gather(everyone, x.contiguous().flatten(), group=group)
+    return everyone.view(-1, *x.shape)
 
 
 def _log_probabilities(z, p, eps):
@@ -157,7 +166,7 @@ def anchors(logits):
 
     The confidence is the largest probability, the label its class. Of equal views the first is taken.
     """
-    confidences, labels = _raise_precision(logits.detach()).softmax(-1).max(-1)      # [2, B] each
+    confidences, labels = raise_precision(logits.detach()).softmax(-1).max(-1)      # [2, B] each
     confidence, view = confidences.max(0)
     return view, labels.gather(0, view[None])[0], confidence
 
@@ -183,13 +192,10 @@ def self_label_loss(logits, quantile, teacher_logits=None):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
 
     with torch.autocast(logits.device.type, enabled=False):
-        z = _raise_precision(logits)
+        z = raise_precision(logits)
         view, label, confidence = anchors(z[:2] if teacher_logits is None else teacher_logits[:2])
-        gathered = [confidence]
-        if world_size > 1:
-            gathered = [torch.empty_like(confidence) for _ in range(world_size)]
-            dist.all_gather(gathered, confidence)
-        ranked = torch.cat(gathered).sort(descending=True).values                    # [N]
+        everyone = all_gather(confidence) if world_size > 1 else confidence
+        ranked = everyone.flatten().sort(descending=True).values                     # [N]
         threshold = ranked[min(int(quantile * len(ranked)), len(ranked) - 1)]
         # Not >=: where all images are equally confident, as after a collapse, none gets a label.
         num_confident = (ranked > threshold).sum()
@@ -219,7 +225,7 @@ def barlow_twins_terms(z1, z2, lambd=0.0051, eps=1e-5):
         raise ValueError(f"z1, z2: expected two of [B, D], got {list(z1.shape)} and {list(z2.shape)}")
     B, D = z1.shape
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.stack([_raise_precision(z1), _raise_precision(z2)])                # [2, B, D]
+        z = torch.stack([raise_precision(z1), raise_precision(z2)])                # [2, B, D]
         # The mean m may be a constant: the derivative of E[(z - m)²] in m is 0 at m = E[z]. It is taken off
         # first, by a collective of its own, because E[z²] - m² would cancel where m is large.
         centred = z - _mean_over_processes(z.mean(1))[:, None]
@@ -246,7 +252,7 @@ def seed_target(teacher, queue, teacher_temperature=0.01):
     embedding as the positive.
     """
     with torch.autocast(teacher.device.type, enabled=False):
-        t, q = (F.normalize(_raise_precision(x.detach()), dim=-1) for x in (teacher, queue))
+        t, q = (F.normalize(raise_precision(x.detach()), dim=-1) for x in (teacher, queue))
         similarity = torch.cat([t.new_ones(len(t), 1), t @ q.T], 1)
         return (similarity / teacher_temperature).softmax(-1)
 
@@ -267,7 +273,7 @@ def seed_loss(student, teacher, queue, student_temperature=0.2, teacher_temperat
     if not (student_temperature > 0 and teacher_temperature > 0):
         raise ValueError(f"temperatures: expected above 0, got {student_temperature}, {teacher_temperature}")
     with torch.autocast(student.device.type, enabled=False):
-        s, t, q = (F.normalize(_raise_precision(x), dim=-1)
+        s, t, q = (F.normalize(raise_precision(x), dim=-1)
                    for x in (student, teacher.detach(), queue.detach()))
         logits = torch.cat([(s * t).sum(-1, keepdim=True), s @ q.T], 1)              # [B, 1 + K]
         target = seed_target(t, q, teacher_temperature)

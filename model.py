@@ -3,6 +3,7 @@
 The state dict of `Twist` has the names and shapes of the released network (arXiv 2110.07402).
 """
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -13,6 +14,8 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import StochasticDepth
 
+from loss import all_gather, raise_precision
+
 ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "resnet50", "resnet101",
          "resnet152", "resnet50w2", "resnet50w4", "resnet50w5", "vit_t", "vit_s", "vit_b", "vit_t8", "vit_s8",
          "vit_b8", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_b1")
@@ -20,36 +23,107 @@ ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "res
 
 # ---------------------------------------------------------------- batch norm over processes and bunches
 class _Normalize(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps); mean and var over the axes `dims` and the processes of `group`.
+    """y = weight * (x - mean) / sqrt(var + eps) + bias; mean and var over images, pixels and processes.
 
-    Returns (y, mean, var). The gradient is exact: it goes through mean and var, across processes as well.
+    x: [N, C, ...], or with channel=3 [views, bunches, images, C, ...], where each bunch has statistics of its
+    own. weight, bias: [C] or None. group: the processes that share the statistics, or None. They may hold
+    different numbers of rows, none included. The gradient is exact: it goes through mean and var, across
+    processes as well. Those of weight and bias are this process's.
+    Returns (y, statistics [2, C]): mean and unbiased variance, the means over this process's bunches.
+
+    On CUDA each pass over x is one kernel, of those that nn.SyncBatchNorm calls, and a half-precision x stays
+    as it is. nn.SyncBatchNorm itself waits for the device in each layer, to leave empty processes out.
     """
 
     @staticmethod
-    def forward(ctx, x, dims, eps, group):
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        if group is not None:
-            mine = torch.stack([mean, var])
-            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(gathered, mine, group=group)
-            means, variances = torch.stack(gathered).unbind(1)
-            mean = means.mean(0)             # unweighted, because every process has the same number of rows
-            var = (variances + (means - mean) ** 2).mean(0)     # E[x²] - E[x]² would cancel digits
-        inv_std = (var + eps).rsqrt()
-        y = (x - mean) * inv_std
-        ctx.save_for_backward(y, inv_std)
-        ctx.dims, ctx.group = dims, group
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+    def forward(ctx, x, weight, bias, channel, eps, group):
+        dims = [axis for axis in range(x.dim()) if axis not in (1, channel)]
+        count = math.prod(x.shape[axis] for axis in dims)
+        kept = [1] * x.dim()             # the shape of mean and var
+        kept[1], kept[channel] = x.shape[1], x.shape[channel]
+        fused = has_kernels(x) and channel == 1
+        x = _dense(x) if fused else x
+        z = x if fused else raise_precision(x)
+        if count == 0:                   # the others wait for this process's statistics, whatever they are
+            mean, spread = raise_precision(x).new_zeros(kept), raise_precision(x).new_ones(kept)
+        elif fused:
+            mean, spread = torch.batch_norm_stats(z, eps)            # spread: 1 / sqrt(var + eps)
+        else:
+            spread, mean = torch.var_mean(z, dims, correction=0, keepdim=True)
+
+        # The count goes with the statistics: no process needs to know it, so none waits for the device. No
+        # rows count as 1e-20 of a row, which is lost beside those of others and spares a division by 0.
+        mine = torch.cat([mean.flatten(), spread.flatten(), mean.new_full((1,), count or 1e-20)])
+        everyone = mine[None] if group is None else all_gather(mine, group)
+        means, spreads, counts = everyone.split([mean.numel(), mean.numel(), 1], 1)          # [W, ...]
+
+        if fused:
+            statistics = mean.new_zeros(2, x.shape[1])
+            mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+                x, means, spreads, *statistics, 1.0, eps, counts.flatten())     # 1.0: replaces the zeros
+            y = torch.batch_norm_elemt(z, weight, bias, mean, inv_std, eps) if count else torch.empty_like(x)
+        else:
+            share, total = counts / counts.sum(), counts.sum()
+            mean = (share * means).sum(0)
+            var = (share * (spreads + (means - mean) ** 2)).sum(0)   # E[x²] - E[x]² would cancel digits
+            by_bunch = torch.stack([mean, var]).view(2, -1, x.shape[channel]).mean(1)
+            statistics = torch.stack([by_bunch[0], by_bunch[1] * total / (total - 1)])
+            mean, inv_std = mean.view(kept), (var + eps).rsqrt().view(kept)
+            y = (z - mean) * inv_std
+            if weight is not None:
+                y = torch.addcmul(_per_channel(bias, x, channel), y, _per_channel(weight, x, channel))
+            y = y.to(x.dtype)
+        ctx.save_for_backward(x, weight, mean, inv_std, counts)
+        ctx.dims, ctx.channel, ctx.fused, ctx.group = dims, channel, fused, group
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
 
     @staticmethod
-    def backward(ctx, dy, _mean, _var):
-        y, inv_std = ctx.saved_tensors
-        means = torch.stack([dy.mean(ctx.dims, keepdim=True), (dy * y).mean(ctx.dims, keepdim=True)])
+    def backward(ctx, dy, _statistics):
+        x, weight, mean, inv_std, counts = ctx.saved_tensors
+        affine, has_rows = weight is not None, x.numel() > 0
+        d_weight = d_bias = None
+        if ctx.fused and has_rows:       # sums of dy and of dy * (x - mean)
+            dy = _dense(dy)
+            *sums, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, inv_std, weight, True,
+                                                                       affine, affine)
+            sums = torch.stack(sums)
+        elif ctx.fused:
+            sums = mean.new_zeros(2, len(mean))
+        else:                            # sums of dy and of dy * y
+            dy_z, y = raise_precision(dy), (raise_precision(x) - mean) * inv_std
+            sums = torch.stack([dy_z.sum(ctx.dims, keepdim=True), (dy_z * y).sum(ctx.dims, keepdim=True)])
+        if affine and d_weight is None:
+            d_bias, d_weight = sums.view(2, -1, len(weight)).sum(1)
+        if not affine:
+            d_weight = d_bias = None
         if ctx.group is not None:        # the loss of every process depends on this process's statistics
-            dist.all_reduce(means, group=ctx.group)
-            means /= dist.get_world_size(ctx.group)
-        return inv_std * (dy - means[0] - y * means[1]), None, None, None
+            dist.all_reduce(sums, group=ctx.group)
+        if ctx.fused:
+            dx = torch.batch_norm_backward_elemt(dy, x, mean, inv_std, weight, *sums,
+                                                 counts.flatten().int()) if has_rows else dy
+        else:
+            means = sums / counts.sum()
+            dx = inv_std * (dy_z - means[0] - y * means[1])
+            dx = (dx * _per_channel(weight, x, ctx.channel) if affine else dx).to(x.dtype)
+        return dx, d_weight, d_bias, None, None, None
+
+
+def has_kernels(x):
+    """Whether torch's kernels for a batch norm over processes work on x."""
+    return x.is_cuda
+
+
+def _dense(x):
+    """x as the fused kernels need it: without gaps, channels last or first."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _per_channel(values, x, channel):
+    """Values [C] in the shape that is broadcast along axis `channel` of x."""
+    shape = [1] * x.dim()
+    shape[channel] = -1
+    return values.view(shape)
 
 
 def bunch_layout(bunch_size, images, world_size):
@@ -60,9 +134,9 @@ def bunch_layout(bunch_size, images, world_size):
     """
     if bunch_size is None:
         return 1, world_size
-    if bunch_size > 1 and images % bunch_size == 0:
+    if images and bunch_size > 1 and images % bunch_size == 0:
         return images // bunch_size, 1
-    if bunch_size > 1 and bunch_size % images == 0 and world_size % (bunch_size // images) == 0:
+    if images and bunch_size > 1 and bunch_size % images == 0 and world_size % (bunch_size // images) == 0:
         return 1, bunch_size // images
     raise ValueError(f"bunch size {bunch_size} does not fit: it must divide a process's {images} images, "
                      f"or be a multiple of them that divides the global batch of {images * world_size}")
@@ -71,9 +145,10 @@ def bunch_layout(bunch_size, images, world_size):
 class BatchNorm(nn.Module):
     """Batch norm over all processes, or over bunches of `bunch_size` images; x: [N, C] or [N, C, H, W].
 
-    The N rows are `num_views` blocks of the same images, so a bunch has rows in each block. The running
-    statistics are the mean over bunches, equal on all processes. nn.SyncBatchNorm, whose names in the state
-    dict these are, cannot replace it: it has no bunches, and refuses CPU tensors in a process group.
+    The N rows are `num_views` blocks of the same images, so a bunch has rows in each block. Without bunches
+    the processes may have different N. The running statistics are the mean over bunches, equal on all
+    processes. nn.SyncBatchNorm, whose names in the state dict these are, cannot replace it: it has no
+    bunches, and refuses CPU tensors in a process group.
     """
 
     def __init__(self, num_features, affine=True, bunch_size=None, eps=1e-5, momentum=0.1):
@@ -93,7 +168,8 @@ class BatchNorm(nn.Module):
         if processes == dist.get_world_size():
             return dist.group.WORLD
         if processes not in self._groups:        # made once: new_subgroups is a collective call, and slow
-            self._groups[processes] = dist.new_subgroups(processes)[0]
+            world = dist.group.WORLD._get_backend(self.running_mean.device)
+            self._groups[processes] = dist.new_subgroups(processes, timeout=world.options._timeout)[0]
         return self._groups[processes]
 
     def forward(self, x, num_views=1):
@@ -106,36 +182,19 @@ class BatchNorm(nn.Module):
                                 self.momentum, self.eps)
 
         bunches, processes = bunch_layout(self.bunch_size, images, world_size)
-        if bunches == 1:
-            by_bunch, dims = x, (0, 2, 3)                        # [N, C, H, W]: all axes but C
-        else:
-            by_bunch = x.view(num_views, bunches, -1, *x.shape[1:])
-            dims = (0, 2, 4, 5)                                  # [views, bunches, images, C, H, W]
-        dims = [axis for axis in dims if axis < by_bunch.dim()]  # [N, C] has no H and W
+        by_bunch, channel = x, 1
+        if bunches > 1:                  # [views, bunches, images, C, ...]
+            by_bunch, channel = x.view(num_views, bunches, -1, *x.shape[1:]), 3
         with torch.autocast(x.device.type, enabled=False):       # statistics need float32 at least
-            is_half = x.dtype in (torch.float16, torch.bfloat16)
-            y, mean, var = _Normalize.apply(by_bunch.float() if is_half else by_bunch, dims, self.eps,
-                                            self._group(processes))
-            y = y.view(x.shape)
-            if self.weight is not None:
-                per_channel = (1, -1) + (1,) * (x.dim() - 2)
-                y = torch.addcmul(self.bias.view(per_channel), y, self.weight.view(per_channel))
-            count = x.numel() // x.shape[1] // bunches * processes       # numbers behind each mean
-            self._update_running_statistics(mean, var, count, reduce=processes < world_size)
-        return y.to(x.dtype)
-
-    @torch.no_grad()
-    def _update_running_statistics(self, mean, var, count, reduce):
-        C = len(self.running_mean)
-        mean_of_bunches, var_of_bunches = mean.reshape(-1, C).mean(0), var.reshape(-1, C).mean(0)
-        unbiased = var_of_bunches * count / (count - 1)          # as torch's running variance is
-        both = torch.stack([mean_of_bunches, unbiased])
-        if reduce:                                               # other processes have other bunches
-            dist.all_reduce(both)
-            both /= dist.get_world_size()
-        self.running_mean.lerp_(both[0].to(self.running_mean), self.momentum)
-        self.running_var.lerp_(both[1].to(self.running_var), self.momentum)
+            y, statistics = _Normalize.apply(by_bunch, self.weight, self.bias, channel, self.eps,
+                                             self._group(processes))
+        if processes < world_size:                               # other processes have other bunches
+            dist.all_reduce(statistics)
+            statistics /= world_size
+        running = [self.running_mean, self.running_var]
+        torch._foreach_lerp_(running, list(statistics.to(self.running_mean)), self.momentum)
         self.num_batches_tracked += 1
+        return y if bunches == 1 else y.view(x.shape)    # a view would make a ReLU in place copy its gradient
 
 
 def synchronize_batch_norms(module):

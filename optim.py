@@ -20,19 +20,45 @@ class LARS(torch.optim.Optimizer):
                                       trust_coefficient=trust_coefficient, lars=True))
 
     @torch.no_grad()
-    def step(self):
+    def step(self):                      # by _foreach: one kernel for many tensors, not one for each
+        weights, velocities = [], []
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                update = w.grad.add(w, alpha=group["weight_decay"])
-                if group["lars"]:        # no .item() and no `if` on a norm: either waits for the GPU
-                    w_norm, g_norm = w.norm(), w.grad.norm()
-                    trust = group["trust_coefficient"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
-                    update *= torch.where((w_norm > 0) & (g_norm > 0), trust, torch.ones_like(trust))
-                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
-                v.mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                w.sub_(v)
+            ws = [w for w in group["params"] if w.grad is not None]
+            if not ws:
+                continue
+            updates = [w.grad for w in ws]
+            if group["weight_decay"]:
+                updates = torch._foreach_add(updates, ws, alpha=group["weight_decay"])
+            if group["lars"]:
+                updates = torch._foreach_mul(updates, _spread(self._trust(ws, group), ws))
+            for w in ws:
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            vs = [self.state[w]["momentum_buffer"] for w in ws]
+            torch._foreach_mul_(vs, group["momentum"])
+            torch._foreach_add_(vs, updates, alpha=group["lr"])
+            weights += ws
+            velocities += vs
+        if weights:
+            torch._foreach_sub_(weights, velocities)
+
+    def _trust(self, ws, group):
+        """The trust of each weight, [number]. No .item() and no `if` on a norm: either waits for the GPU."""
+        norms = torch.stack(torch._foreach_norm(ws + [w.grad for w in ws])).view(2, -1)
+        w_norm, g_norm = norms
+        trust = group["trust_coefficient"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
+        return trust.masked_fill_(norms.amin(0) <= 0, 1.0)
+
+
+def _spread(numbers, tensors):
+    """A number for each tensor -> tensors of their shapes and strides, filled with it.
+
+    Half a pass over memory more than a product with numbers, for which torch has no kernel of many tensors.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = torch.cat([n.expand(size) for n, size in zip(numbers.unbind(), sizes, strict=True)]).split(sizes)
+    return [part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+            for part, tensor in zip(flat, tensors, strict=True)]
 
 
 def param_groups(model, weight_decay):
@@ -50,6 +76,14 @@ def param_groups(model, weight_decay):
             group["params"].append(param)
             group["names"].append(name)
     return [decayed, undecayed]
+
+
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict(state), but with the kernels of this device, not of the one that saved."""
+    groups = []
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        groups.append(group | {name: own[name] for name in ("fused", "foreach") if name in own})
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def cosine(step, total_steps, start, end):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torchvision
 
 from checkpoint import UserError, printable, write_atomically
+from loss import all_gather
 
 DIVERGED, UNREADABLE = -1, -2    # take the place of a predicted class
 
@@ -60,9 +61,7 @@ def gather(mine, dataset, world_size):
     rows[readable] = mine
     if world_size == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size)]
-    dist.all_gather(parts, rows)
-    return torch.stack(parts, 1).flatten(0, 1)[:len(dataset)]
+    return all_gather(rows).transpose(0, 1).flatten(0, 1)[:len(dataset)]
 
 
 def write_predictions(path, dataset, predictions):

@@ -145,10 +145,12 @@ def image_size(args):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     torch.manual_seed(args.seed)
 
@@ -169,13 +171,14 @@ def main(args):
 
     # ---------------------------------------------------------------- model
     if world_size > 1:                       # before the model: its batch norms see that there are others
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
     model = build_network(config, args.drop_path).to(device, memory_format=torch.channels_last)
     if args.zero_init_residual:
         zero_init_residual(model.backbone)
     load_init(model, args)
-    ddp = DistributedDataParallel(model) if world_size > 1 else model
+    ddp = model
+    if world_size > 1:                       # buffers are equal anyway: batch norms are synchronised
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     teacher = None
     if args.ema > 0:                         # stays in training mode: its own batch statistics, as published
         teacher = build_network(config).to(device, memory_format=torch.channels_last)
@@ -188,7 +191,8 @@ def main(args):
     if args.optimizer == "lars":
         optimizer = LARS(groups, lr=0.0, momentum=args.momentum)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2))
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2),
+                                      fused=device.type == "cuda" or None)           # None: torch's default
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

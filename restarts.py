@@ -12,6 +12,7 @@ import torch.distributed as dist
 from data import Batches
 from loss import twist_loss
 from model import build_network, zero_init_residual
+from optim import load_optimizer
 
 
 class Restarts:
@@ -73,8 +74,10 @@ class Restarts:
         """Returns to the best candidate."""
         run.say(f"candidate {self.best['number']} goes on")
         run.write(dict(step=run.step, chosen=self.best["number"]))
-        for part, state in zip((*self.networks, self.optimizer), self.best["states"], strict=True):
-            part.load_state_dict(state)
+        *states, optimizer_state = self.best["states"]
+        for network, state in zip(self.networks, states, strict=True):
+            network.load_state_dict(state)
+        load_optimizer(self.optimizer, optimizer_state)
         self.best = {}
 
     def state_dict(self):

@@ -30,6 +30,7 @@ from checkpoint import (
     write_atomically,
 )
 from data import input_of
+from optim import load_optimizer
 from pretrained import description
 
 try:
@@ -112,6 +113,8 @@ class Run:
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
                         part.copy_(torch.as_tensor(self.state[name]))
+                    elif name == "optimizer":
+                        load_optimizer(part, self.state[name])
                     elif self.state[name] or name != "scaler":       # a run without fp16 has no scale
                         part.load_state_dict(self.state[name])
                 states = self.state.get("rng", ())

@@ -110,10 +110,12 @@ def check(args, dataset, world_size):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     torch.manual_seed(args.seed)
 
@@ -137,11 +139,12 @@ def main(args):
 
     # ---------------------------------------------------------------- model
     if world_size > 1:                       # before the model: its batch norms see that there are others
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
     model = build_ours(config, source["model"], args.checkpoint, config.get("drop_path", 0.0))
     model.to(device, memory_format=torch.channels_last)
-    ddp = DistributedDataParallel(model) if world_size > 1 else model
+    ddp = model
+    if world_size > 1:                       # buffers are equal anyway: batch norms are synchronised
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     teacher = None
     if args.ema > 0:                         # stays in training mode: its own batch statistics, as published
         teacher = build_ours(config, source.get("teacher", source["model"]), args.checkpoint)
@@ -153,7 +156,8 @@ def main(args):
     if args.optimizer == "lars":
         optimizer = LARS(groups, lr=0.0, momentum=args.momentum)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2))
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2),
+                                      fused=device.type == "cuda" or None)           # None: torch's default
     else:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -188,15 +192,17 @@ def main(args):
                 with torch.no_grad():
                     teacher_logits = teacher(x[:2])                               # [2, B, C]
         loss = self_label_loss(logits, quantile, teacher_logits)
+        any_label = read_later(loss.fraction > 0)        # the same on all ranks
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
         left_out += loss.fraction == 0
-        if loss.fraction > 0:                # the same on all ranks; without labels nothing moves
+        has_labels = any_label()
+        if has_labels:                       # without labels nothing moves
             scaler.step(optimizer)           # leaves the step out if fp16 overflowed
         scaler.update()
-        if teacher is not None and loss.fraction > 0:
+        if teacher is not None and has_labels:
             keep = cosine(step, total_steps, args.ema, 1.0)
             with torch.no_grad():
                 torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - keep)
@@ -208,6 +214,23 @@ def main(args):
 
     # ---------------------------------------------------------------- save
     run.done()
+
+
+def read_later(value):
+    """A function that returns a number of the device. It waits for the work so far, not for what comes after.
+
+    So the device has the backward pass to do while this process waits, and never runs out of work.
+    """
+    copied = torch.cuda.Event() if value.is_cuda else None
+    value = value.to("cpu", non_blocking=True)
+    if copied:
+        copied.record()
+
+    def read():
+        if copied:
+            copied.synchronize()
+        return value.item()
+    return read
 
 
 def describe(loss, logits, labelling_logits, run):

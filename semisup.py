@@ -211,10 +211,12 @@ def label_lines(dataset, indices):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
@@ -242,9 +244,10 @@ def main(args):
     network = nn.Sequential(OrderedDict(backbone=backbone, head=head)).to(
         device, memory_format=torch.channels_last)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
-    ddp = DistributedDataParallel(network) if world_size > 1 else network    # buffers are those of rank 0
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
+    ddp = network
+    if world_size > 1:                       # buffers are those of rank 0
+        ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
     torch.manual_seed(args.seed + rank)      # from here on noise (dropout) should differ between ranks
 
     # ---------------------------------------------------------------- optimizer
@@ -292,7 +295,7 @@ def main(args):
         x = views(images, uniforms, device)[0]                                    # [B, 3, h, w]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             logits = ddp(x)                                                       # [B, C]
-        loss = F.cross_entropy(logits.float(), labels.to(device))
+        loss = F.cross_entropy(logits.float(), labels.to(device, non_blocking=True))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply

@@ -5,6 +5,7 @@ step), for the whole global batch. Everything after that is a pure function. So 
 any number of processes and workers, and wherever it was stopped.
 """
 
+from functools import cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -25,6 +26,9 @@ UNIFORMS = 40
 COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
 JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
+# The jitter's operations, by number, in a sequence that contains each of their 24 orders: every image takes
+# its own operations from it. None shorter does, and hue, which costs most, is in it only twice.
+ALL_ORDERS = (0, 1, 2, 3, 0, 1, 2, 0, 3, 1, 0, 2)
 VIEWS = {                        # published recipes: first global crop, second, and local crops if it has any
     "barlow": (dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=1.0),
                dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=0.1, solarize=0.2)),
@@ -97,6 +101,8 @@ class Views(nn.Module):
             first = len(self)
             end = first + len(list(equal))
             self.groups.append((RandomView(size, mean, std, **recipe), first, end))
+        # neighbours of one size make a run: each operation acts on all of its views at once
+        self.runs = [list(run) for _, run in groupby(self.groups, _input_size)]
 
     def __len__(self):
         return self.groups[-1][2] if self.groups else 0
@@ -110,17 +116,81 @@ class Views(nn.Module):
 
     def forward(self, images, uniforms, device=None):
         """Images or crops, and uniforms, as `Batches` gives them -> V inputs [B, 3, h, w] on `device`."""
+        device = torch.device(device or "cpu")
+        is_cut, number = isinstance(images, list), uniforms.shape[1]
+        images = images if is_cut else images.to(device, non_blocking=True)
+        plans = []
+        for run in self.runs:
+            start, parts = run[0][1], []
+            channels, *frame = images[start].shape[1:] if is_cut else images.shape[1:]
+            for view, first, end in run:
+                u = uniforms[first:end].flatten(0, 1)                             # [views · B, UNIFORMS]
+                parts.append(view.plan(u, channels, None if is_cut else frame, (first - start) * number))
+            plans.append(join(parts))
+
         inputs = []
-        for view, first, end in self.groups:
-            number = end - first
-            u = uniforms[first:end].flatten(0, 1)                                 # [number · B, UNIFORMS]
-            if isinstance(images, list):
-                crops = [crop.to(device, non_blocking=True) for crop in images[first:end]]
-                made = view.colour(torch.cat(crops).float() / 255, u)
+        for run, plan in zip(self.runs, send(plans, device), strict=True):
+            start, end = run[0][1], run[-1][2]
+            if is_cut:
+                crops = [crop.to(device, non_blocking=True) for crop in images[start:end]]
+                x = torch.cat(crops).float() / 255
             else:
-                made = view(images.to(device, non_blocking=True).repeat(number, 1, 1, 1), u)
-            inputs += made.chunk(number)
+                x = images.repeat(end - start, 1, 1, 1)
+            inputs += run[0][0].make(x, plan).chunk(end - start)
         return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+
+
+def _input_size(group):
+    return group[0].size, group[0].interpolation
+
+
+# ---------------------------------------------------------------- plans
+# A plan is what happens to images, in order: a list of (change, tensors), each x = change(x, *tensors). It is
+# drawn on the CPU, so that no step waits for the device to say which images an operation is for.
+def join(parts):
+    """Dicts {place: (change, tensors)} of consecutive images -> one plan of all, by place."""
+    joined = {}
+    for part in parts:
+        for place, (change, tensors) in part.items():
+            if place in joined:
+                tensors = [torch.cat(pair) for pair in zip(joined[place][1], tensors, strict=True)]
+            joined[place] = change, tensors
+    return [joined[place] for place in sorted(joined)]
+
+
+def send(plans, device):
+    """The same plans with their tensors on `device`, by one copy that nobody waits for."""
+    if device.type == "cpu":
+        return plans
+    tensors = []
+    for plan in plans:
+        for _, of_change in plan:
+            tensors += of_change
+    flat = pack(tensors)
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    sent = iter(unpack(flat.to(device, non_blocking=True), tensors))
+    on_device = []
+    for plan in plans:
+        on_device.append([])
+        for change, of_change in plan:
+            on_device[-1].append((change, [next(sent) for _ in of_change]))
+    return on_device
+
+
+def pack(tensors):
+    """The bytes of tensors, one after the other, the widest numbers first: so each begins where it may."""
+    by_width = sorted(tensors, key=lambda tensor: -tensor.element_size())
+    return torch.cat([tensor.flatten().view(torch.uint8) for tensor in by_width])
+
+
+def unpack(flat, tensors):
+    """The tensors that `pack` made `flat` of, as views of it."""
+    found = [None] * len(tensors)
+    places = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    parts = flat.split([tensors[i].nbytes for i in places])
+    for i, part in zip(places, parts, strict=True):
+        found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return found
 
 
 class RandomView(nn.Module):
@@ -203,56 +273,65 @@ class RandomView(nn.Module):
             crop.copy_(F.interpolate(part, crop.shape[1:], mode=self.interpolation, antialias=True)[0])
         return torch.where(drawn["flip"].view(-1, 1, 1, 1), crops.flip(-1), crops)
 
-    def colour(self, x, u):
-        """Everything after the crop: x [B, C, h, w] in 0..1 on any device, overwritten -> [B, 3, h, w].
+    def plan(self, u, channels, frame=None, first=0):
+        """What happens to B images: a dict {place: (change, tensors on the CPU)}, to `join`.
 
-        u: uniform numbers [B, UNIFORMS] on the CPU.
+        u: uniform numbers [B, UNIFORMS] on the CPU. channels: 1 or 3. frame: (height, width) of the images,
+        which are cropped; None: they are crops. first: the place of the first image in the joined batch.
         """
-        drawn = self.draw_colour(u)
-        is_colour = x.shape[1] == 3
-        if is_colour and self.gray_first:
-            _apply(to_gray, x, drawn["gray"])
-        self.jitter_colours(x, drawn)
-        if is_colour and not self.gray_first:
-            _apply(to_gray, x, drawn["gray"])
-        _apply(gaussian_blur, x, drawn["blur"], drawn["sigma"])
-        _apply(solarize, x, drawn["solarize"])
-        if is_colour and self.lighting > 0:           # may leave 0..1; the published code does not clamp it
-            x += self.draw_lighting(u).to(x.device)[:, :, None, None]
-        return normalize(x, self.mean, self.std)
+        plan, drawn, is_colour = {}, self.draw_colour(u), channels == 3
 
-    def jitter_colours(self, x, drawn):
-        """Brightness, contrast, saturation and hue, in place, in an order of its own for each image."""
+        def add(place, op, chosen, *params):
+            index = chosen.nonzero()[:, 0]
+            if len(index):
+                params = [param[index].view(len(index), -1, 1, 1) for param in params]
+                plan[place] = partial(_change, op), [index + first, *params]
+
+        if frame is not None:
+            plan[0] = self.resize, list(self.draw_crop(u, *frame).values())
         names = ("brightness", "contrast", "saturation", "hue")
         ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-        possible = range(4 if x.shape[1] == 3 else 2)      # saturation and hue change nothing in a gray image
-        used = [i for i in possible if self.jitter[i] > 0]
-        # Each round applies to each image the next of its operations in use. Say the order of an image is
-        # (2, 0, 3, 1): saturation, brightness, hue, contrast. argsort inverts it to (1, 3, 0, 2), the
-        # position of each operation. If only brightness and contrast are in use, at positions 1 and 3, they
-        # come in rounds 0 and 1: the round of an operation is how many of those in use stand before it.
-        position = drawn["order"].argsort(1)[:, used]                             # [B, len(used)]
-        round_of = (position[:, :, None] > position[:, None, :]).sum(2)           # [B, len(used)]
-        for number in range(len(used)):
-            for k, i in enumerate(used):
-                chosen = drawn["jitter"][:, i] & (round_of[:, k] == number)
-                _apply(ops[i], x, chosen, drawn[names[i]])
+        possible = range(4 if is_colour else 2)            # saturation and hue change nothing in a gray image
+        used = torch.tensor([i for i in possible if self.jitter[i] > 0], dtype=torch.long)
+        order = drawn["order"][torch.isin(drawn["order"], used)].view(len(u), len(used))
+        next_ones = F.pad(order, (0, 1), value=-1)         # -1: an image has had all of its operations
+        done = torch.zeros(len(u), 1, dtype=torch.long)
+        for place, i in enumerate(ALL_ORDERS, 2):
+            if i in used:
+                due = next_ones.gather(1, done)[:, 0] == i
+                add(place, ops[i], due & drawn["jitter"][:, i], drawn[names[i]])
+                done[due] += 1
+        last = 2 + len(ALL_ORDERS)
+        if is_colour:
+            add(1 if self.gray_first else last, to_gray, drawn["gray"])
+        add(last + 1, gaussian_blur, drawn["blur"], drawn["sigma"])
+        add(last + 2, solarize, drawn["solarize"])
+        if is_colour and self.lighting > 0:            # may leave 0..1; the published code does not clamp it
+            add(last + 3, torch.add, torch.ones(len(u), dtype=torch.bool), self.draw_lighting(u))
+        return plan
+
+    def resize(self, images, top, left, height, width, flip):
+        """crop_resize to this view's size, in the order of draw_crop."""
+        return crop_resize(images, top, left, height, width, self.size, flip, self.interpolation)
+
+    def make(self, x, plan):
+        """Images uint8, or crops [B, C, h, w] in 0..1, which are overwritten, by a plan -> [B, 3, h, w]."""
+        for change, tensors in plan:
+            x = change(x, *tensors)
+        return normalize(x, self.mean, self.std)
 
     def forward(self, images, u):
         """images uint8 [B, C, H, W] on any device, u [B, UNIFORMS] on the CPU -> [B, 3, size, size]."""
-        drawn = self.draw_crop(u, *images.shape[-2:])
-        x = crop_resize(images, drawn["top"], drawn["left"], drawn["height"], drawn["width"], self.size,
-                        drawn["flip"], self.interpolation)
-        return self.colour(x, u)
+        plans = send([join([self.plan(u, images.shape[1], images.shape[2:])])], images.device)
+        return self.make(images, plans[0])
 
 
-def _apply(op, x, chosen, *params):
-    """x[chosen] = op(x[chosen], params[chosen]). `chosen` is on the CPU, so that no device is waited for."""
-    index = chosen.nonzero()[:, 0]
-    if len(index):
-        params = [param[index].to(x.device).view(-1, 1, 1, 1) for param in params]
-        index = index.to(x.device)
-        x[index] = op(x[index], *params)
+def _change(op, x, index, *params):
+    """x with the images of `index` replaced by op(those, *params); overwrites x."""
+    if len(index) == len(x):             # all of them, in their order
+        return op(x, *params).contiguous()
+    x[index] = op(x[index], *params)
+    return x
 
 
 # ---------------------------------------------------------------- operations on batches
@@ -326,13 +405,11 @@ def adjust_hue(x, shift):
     hue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     hue = torch.where(value == r, (g - b) / safe, hue)
     hue += 6 * shift[:, 0]                            # in sixths of the circle
-    y = torch.empty_like(x)
-    for channel, n in enumerate((5, 3, 1)):           # value - chroma · max(0, min(k, 4 - k, 1))
-        k = hue + n
-        k -= (k / 6).floor_().mul_(6)                 # k modulo 6; torch.remainder is several times slower
-        share = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)           # min(k, 4 - k) is 2 - |k - 2|
-        torch.addcmul(value, share, chroma, value=-1, out=y[:, channel])
-    return y
+    k = hue[:, None] + _constant((5.0, 3.0, 1.0), x.device)            # of red, green, blue
+    k -= (k / 6).floor_().mul_(6)                     # modulo 6; torch.remainder is several times slower
+    share = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)               # min(k, 4 - k) is 2 - |k - 2|
+    # value - chroma · max(0, min(k, 4 - k, 1))
+    return torch.addcmul(value[:, None], share, chroma[:, None], value=-1)
 
 
 def gaussian_blur(x, sigma):
@@ -358,6 +435,12 @@ def normalize(images, mean, std):
 
     A gray image is repeated in three channels.
     """
-    mean = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+    mean, std = (_constant(tuple(values), images.device) for values in (mean, std))
     return ((images - mean) / std).expand(-1, 3, -1, -1)
+
+
+@cache
+@torch.inference_mode(False)
+def _constant(values, device):
+    """Numbers of the channels on a device, [1, C, 1, 1]; kept, because a copy there waits for the device."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)

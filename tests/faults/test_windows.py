@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from processes import ROOT, log_lines
+
+import cli
 
 # What Windows does not have goes before anything of ours is imported; msvcrt is what it has instead.
 HIDE = """
@@ -85,3 +88,21 @@ def test_a_missing_package_is_one_line(script):
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2
     assert done.stderr == "error: scipy is not installed; pip install -r requirements.txt\n"
+
+
+def test_an_allocator_without_mallopt_is_left_as_it_is(monkeypatch):
+    taken = []
+    libraries = [SimpleNamespace(mallopt=lambda *option: taken.append(option) or 1), SimpleNamespace(), None]
+    for library, platform in zip(libraries, ("linux", "linux", "win32"), strict=True):
+        monkeypatch.setattr(cli.ctypes, "CDLL", lambda name, library=library: library)
+        monkeypatch.setattr(sys, "platform", platform)
+        cli.keep_memory()
+    assert taken == list(cli.MALLOPT.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""),
+                    reason="an allocator of its own")
+def test_glibc_knows_the_options():
+    program = "import cli, ctypes; print([ctypes.CDLL(None).mallopt(*o) for o in cli.MALLOPT.values()])"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == str([1] * len(cli.MALLOPT)), said.stderr

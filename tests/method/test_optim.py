@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import Twist
-from optim import LARS, cosine, param_groups, seed_lr, warmup_cosine
+from optim import LARS, cosine, load_optimizer, param_groups, seed_lr, warmup_cosine
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -43,6 +43,23 @@ def test_lars_falls_back_to_plain_momentum_where_a_norm_is_zero(w, g):
     weight.grad = torch.full((2, 2), g)
     LARS([weight], lr=0.5, weight_decay=0.0).step()
     assert torch.equal(weight.detach(), torch.full((2, 2), w - 0.5 * g))
+
+
+def test_an_optimizer_is_loaded_without_the_kernels_of_another_device():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    saved, loaded = torch.optim.AdamW([weight], fused=True, lr=0.5), torch.optim.AdamW([weight], lr=0.1)
+    saved.step()
+    load_optimizer(loaded, saved.state_dict())
+    group = loaded.param_groups[0]
+    assert group["fused"] is None and group["lr"] == 0.5 and loaded.state[weight]["step"] == 1
+    assert saved.state_dict()["param_groups"][0]["fused"]
+
+
+def test_lars_steps_without_gradients():
+    weight = torch.nn.Parameter(torch.ones(3))
+    LARS([weight], lr=0.5).step()
+    assert weight.eq(1).all()
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "vit_s"])

@@ -3,6 +3,8 @@
     pytest tests/method/test_views.py
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +200,39 @@ def test_blur_is_a_true_gaussian(size):
     for mine, sigma in zip(ours, sigmas.tolist(), strict=True):
         theirs = ndimage.gaussian_filter(x.double().numpy(), (0, sigma, sigma), mode="nearest", truncate=20)
         assert 255 * np.abs(mine.numpy() - theirs).max() < 0.1
+
+
+# ---------------------------------------------------------------- plans
+def test_the_jitters_sequence_contains_every_order():
+    """And no prefix of it does; hue, which costs most, is in it twice."""
+    def has_all(sequence):
+        places = [iter(sequence) for _ in range(24)]
+        orders = itertools.permutations(range(4))
+        return all(all(i in place for i in order) for place, order in zip(places, orders, strict=True))
+    assert has_all(views_module.ALL_ORDERS) and not has_all(views_module.ALL_ORDERS[:-1])
+    assert views_module.ALL_ORDERS.count(3) == 2
+
+
+def test_packed_tensors_come_back():
+    tensors = [torch.tensor([True, False, True]), torch.arange(5), torch.rand(2, 3), torch.empty(0),
+               torch.rand(4, 2).T, torch.tensor([7], dtype=torch.int32), torch.rand(1).double()]
+    flat = views_module.pack(tensors)
+    assert flat.dtype == torch.uint8 and flat.numel() == sum(tensor.nbytes for tensor in tensors)
+    for found, tensor in zip(views_module.unpack(flat, tensors), tensors, strict=True):
+        assert found.dtype == tensor.dtype and found.equal(tensor)
+        assert found.untyped_storage().data_ptr() == flat.data_ptr()
+
+
+def test_views_of_one_size_are_made_together():
+    """Two recipes of one size, in one run of operations, give what each gives alone."""
+    images = torch.stack([torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8) for _ in range(32)])
+    views = build_views("multicrop", (0.5,), (0.25,), 24, 12, 2)
+    u = uniforms(4 * 32).view(4, 32, -1)
+    made = views(images, u)
+    assert len(views.groups) == 3 and len(views.runs) == 2
+    for view, first, end in views.groups:
+        for v in range(first, end):
+            assert made[v].equal(view(images, u[v]))
 
 
 # ---------------------------------------------------------------- random parameters

@@ -119,8 +119,10 @@ def test_unreadable_pictures_keep_their_places_and_have_no_prediction(tmp_path):
     dataset = ImageSet(None, torch.arange(6), list("abcdef"), paths)
     dataset.broken[[0, 3]] = True
     features = torch.rand(4, 2)
-    cached, rows = cache_features([[features[:3]], [features[3:]]], batches := Batches(dataset, 2, [], 5), 1)
-    assert (cached[0][[0, 3]] == UNREADABLE).all() and torch.equal(cached[0][[1, 2, 4, 5]], features)
+    batches = Batches(dataset, 2, [], 5)
+    (cached, labels), rows = cache_features([[features[:3]], [features[3:]]], batches, 1)
+    assert labels.equal(dataset.labels)
+    assert (cached[[0, 3]] == UNREADABLE).all() and torch.equal(cached[[1, 2, 4, 5]], features)
     for i in range(6):
         order = [int(other) for other in batches.stand_ins(i)]
         assert rows[i] == next(other for other in order if other not in (0, 3))
