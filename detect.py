@@ -64,6 +64,8 @@ def get_parser():
         help="proposals of each map that are taken")
     add("--post-nms", type=at_least(1), nargs=2, default=[100, 100], metavar=("TRAIN", "TEST"),
         help="proposals of an image that are left after the suppression of overlapping ones")
+    add("--pool-side", type=at_least(0), default=0,
+        help="positions on a side of what the box head gets of a box; 0: 7, with --neck c4 14")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="scenes", choices=("scenes", "voc", "coco"), help="what to detect in")
     add("--data-dir", default="datasets", help="folder of the data sets")
@@ -119,7 +121,8 @@ def build_detector(backbone, num_classes, args, arch):
     """A Detector with the sizes of the flags. Raises UserError for a backbone that is no ResNet."""
     try:
         return Detector(backbone, num_classes, args.neck, args.masks, args.anchor_scale, args.width,
-                        args.convs, args.fc_width, args.anchors, args.rois, args.pre_nms, args.post_nms)
+                        args.convs, args.fc_width, args.anchors, args.rois, args.pre_nms, args.post_nms,
+                        args.pool_side)
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: its {arch} does not detect: {error}") from None
 

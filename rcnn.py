@@ -165,11 +165,12 @@ class Detector(nn.Module):
     anchor_scale: an anchor's side, in strides. width: channels of the pyramid and of the heads' `convs`
     convolutions; fc_width: of the box head's last layer. anchors, rois: how many the losses take of a
     picture. pre_nms, post_nms: proposals of a map before and of all after suppression, (training, testing).
+    side: of what the box head gets of a RoI, in positions; 0: 7, of c4 14.
     Raises ValueError for another network than a ResNet.
     """
 
     def __init__(self, backbone, num_classes, neck="fpn", masks=False, anchor_scale=8, width=256, convs=4,
-                 fc_width=1024, anchors=256, rois=512, pre_nms=(2000, 1000), post_nms=(1000, 1000)):
+                 fc_width=1024, anchors=256, rois=512, pre_nms=(2000, 1000), post_nms=(1000, 1000), side=0):
         super().__init__()
         stages = stages_of(backbone)
         self.backbone, self.pyramid, self.last = feature_maps(backbone, stages), None, stages[-1]
@@ -182,14 +183,15 @@ class Detector(nn.Module):
             self.multiple = strides[-1]              # sides of a batch are multiples of it, else maps misfit
             rpn_strides = [*strides, 2 * strides[-1]]
             sizes = [[anchor_scale * stride] for stride in rpn_strides]
-            side, head, inputs = 7, box_head(width, convs, fc_width), fc_width
+            side = side or 7
+            head, inputs = box_head(width, side, convs, fc_width), fc_width
         else:
             self.stages, inputs = stages[-2:-1], channels[self.last]
             width = channels[self.stages[0]]
             strides = rpn_strides = [strides[self.stages[0]]]
             self.multiple, sizes = 1, [[anchor_scale * strides[0] * size for size in C4_SIZES]]
             self.norm = nn.BatchNorm2d(inputs)
-            side, head = 14, self.run_last_stage
+            side, head = side or 14, self.run_last_stage
         mask_parts = [None] * 3
         if masks:
             mask_parts = [Pooler(strides, 14), MaskRCNNHeads(width, [width] * convs, 1, nn.BatchNorm2d),
@@ -246,9 +248,9 @@ def strides_of(maps):
     return {name: 64 // x.shape[-1] for name, x in found.items()}
 
 
-def box_head(width, convs, fc_width):
-    """RoIs [K, width, 7, 7] -> [K, fc_width]: convolutions with batch norms, and one linear layer."""
-    head = FastRCNNConvFCHead((width, 7, 7), [width] * convs, [fc_width], nn.BatchNorm2d)
+def box_head(width, side, convs, fc_width):
+    """RoIs [K, width, side, side] -> [K, fc_width]: convolutions with batch norms, and one linear layer."""
+    head = FastRCNNConvFCHead((width, side, side), [width] * convs, [fc_width], nn.BatchNorm2d)
     for module in head:
         if isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=1)

@@ -33,7 +33,7 @@ def main(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--lrs", type=float, nargs="+", default=[0.03, 0.1, 0.3], help="default: 0.03 0.1 0.3")
     add("--steps", type=int, nargs="+", default=[300], help="numbers of steps; default: 300")
-    add("--schedule-steps", type=int, help="of detect: length of the schedule, of which --steps may be a part")
+    add("--schedule-steps", type=int, help="of detect: length of the schedule, which --steps may be part of")
     add("--output-dir", default="runs/scenes_benchmark", help="default: runs/scenes_benchmark")
     args = parser.parse_args(argv)
     out, rows = Path(args.output_dir).absolute(), []

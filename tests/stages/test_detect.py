@@ -10,6 +10,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from processes import ROOT, assert_same_run, log_lines, metrics_of, run, same, saved_network, weights
 from torch import nn
@@ -34,7 +36,7 @@ from detection_sets import (
     resized,
     scene_pictures,
 )
-from model import build_backbone, feature_maps
+from model import build_backbone, feature_maps, synchronize_batch_norms
 from rcnn import RPN, Anchors, Detector, FloatHead, Pooler, box_losses, strides_of
 
 RECIPES = {"voc07_12_fpn": "voc", "voc07_12_c4": "voc", "coco_1x_mask": "coco"}
@@ -169,6 +171,32 @@ def test_every_weight_learns_and_pictures_may_be_empty(neck, masks):
         assert {*picture["labels"].tolist()} <= {*range(10)} and len(picture["boxes"]) <= 100
         assert not masks or picture["masks"].shape[1:] == (28, 28)
         assert (picture["boxes"] >= 0).all() and (picture["boxes"] <= 64).all()
+
+
+def one_without_objects(rank, world_size, store):
+    """A step of two processes. The second one has no object, so its mask head has no row."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    network = Detector(build_backbone("resnet8"), 10, masks=True, **TINY)
+    synchronize_batch_norms(network)
+    x, sizes, targets = targets_of(2)
+    if rank == 1:
+        targets = [{name: value[:0] for name, value in target.items()} for target in targets]
+    ddp = nn.parallel.DistributedDataParallel(network)
+    sum(ddp(x, sizes, targets).values()).backward()
+    for name, value in [*network.named_buffers(), *((n, p.grad) for n, p in network.named_parameters())]:
+        assert value.isfinite().all(), name
+    norms = torch.stack([p.grad.norm() for p in network.heads.mask_head.parameters()])
+    assert norms.max() > 0
+    both = [torch.empty_like(norms) for _ in range(world_size)]
+    dist.all_gather(both, norms)
+    assert both[0].equal(both[1])
+    dist.destroy_process_group()
+
+
+def test_a_process_without_objects_takes_part(tmp_path):
+    mp.start_processes(one_without_objects, (2, tmp_path / "store"), 2, start_method="forkserver")
 
 
 def test_class_0_is_an_object_not_the_background():
