@@ -363,7 +363,7 @@ def draw_neighbours(path, images, queries, nearest, similarity, groups=None, nam
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------- segmentation
+# ---------------------------------------------------------------- segmentation and detection
 def class_colours():
     """uint8 [256, 3]: PASCAL VOC's colour of each class. Class 0 is black, 255 is light."""
     numbers = np.arange(256)
@@ -390,6 +390,46 @@ def draw_segmentation(path, rows, height=128):
             parts.append(Image.fromarray(colours[np.asarray(numbers)]).resize(size, Image.Resampling.NEAREST))
         framed = [np.pad(part, ((2, 2), (2, 2), (0, 0)), constant_values=255) for part in parts]
         strips.append(np.concatenate(framed, 1))
+    _save_strips(path, strips)
+
+
+def draw_detections(path, pictures, found, height=192, least=0.5):
+    """Writes a PNG of pairs: the objects of a picture, and beside them what was found in it.
+
+    pictures: a detection_sets.Pictures; found: list of (index, prediction); least: lowest score drawn.
+    """
+    import torch
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    strips = []
+    for index, prediction in found:
+        image, parts = pictures.images[index].expand(3, -1, -1)[None].float(), []
+        scale = height / image.shape[2]
+        size = height, max(1, round(scale * image.shape[3]))
+        image = torch.nn.functional.interpolate(image, size)[0].byte()
+        for objects in (pictures.target(index), prediction):
+            names, drawn = [pictures.class_names[label] for label in objects["labels"].tolist()], image
+            chosen = torch.ones(len(names), dtype=torch.bool)
+            if "scores" in objects:
+                chosen = objects["scores"] >= least
+                scores = objects["scores"].tolist()
+                names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+            if "masks" in objects and chosen.any():
+                masks = torch.nn.functional.interpolate(objects["masks"][chosen][None].float(), size)[0] > 0.5
+                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
+            if chosen.any():
+                names = [name for name, drawn_too in zip(names, chosen.tolist(), strict=True) if drawn_too]
+                drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=RED)
+            drawn = drawn.permute(1, 2, 0).numpy()
+            parts.append(np.pad(drawn, ((2, 2), (2, 2), (0, 0)), constant_values=255))
+        strips.append(np.concatenate(parts, 1))
+    _save_strips(path, strips)
+
+
+def _save_strips(path, strips):
+    """Writes a PNG of strips uint8 [h, w, 3] of one height, two side by side; none of no strips."""
+    from PIL import Image
+
     if not strips:
         return
     width = max(strip.shape[1] for strip in strips)

@@ -48,7 +48,7 @@ FREE_FLAGS = {"workers", "print_every", "save_every", "knn_every", "device", "am
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
              "backbone.json", "backbone_student.json", "log.jsonl", "metrics.json", "curves.png", "head.pth",
              "predictions.csv", "labels.txt", "checkpoint.damaged.pth", "report.html", "comparison.html",
-             "segmentation.png")
+             "segmentation.png", "detections.png", "detections.json")
 
 
 # ---------------------------------------------------------------- a training run

@@ -2,6 +2,7 @@
 
     python benchmarks/scenes.py                      10 runs of segment.py; the same command resumes
     python benchmarks/scenes.py --lrs 0.1 --seeds 0 --steps 100
+    python benchmarks/scenes.py --stage detect --lrs 0.05 --steps 200 500 --schedule-steps 500
 
 For each start, the first seed tries each learning rate; the other seeds take the best one. A seed draws the
 training scenes, their order, the initial weights of the heads and of the network from scratch. The 200 test
@@ -20,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 STARTS = {"pre-trained": [], "from scratch": ["--random-init"]}
-SCORES = {"segment": ("miou", "miou_objects")}           # of metrics.json; the first one chooses
+SCORES = {"segment": ("miou", "miou_objects"),           # of metrics.json; the first one chooses
+          "detect": ("AP50", "AP75", "AP")}
 
 
 def main(argv=None):
@@ -30,7 +32,8 @@ def main(argv=None):
     add("--checkpoint", default="weights/fashion-mnist.pth", help="default: weights/fashion-mnist.pth")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--lrs", type=float, nargs="+", default=[0.03, 0.1, 0.3], help="default: 0.03 0.1 0.3")
-    add("--steps", type=int, nargs="+", default=[300], help="lengths of the schedule; default: 300")
+    add("--steps", type=int, nargs="+", default=[300], help="numbers of steps; default: 300")
+    add("--schedule-steps", type=int, help="of detect: length of the schedule, which --steps may be part of")
     add("--output-dir", default="runs/scenes_benchmark", help="default: runs/scenes_benchmark")
     args = parser.parse_args(argv)
     out, rows = Path(args.output_dir).absolute(), []
@@ -40,6 +43,8 @@ def main(argv=None):
         folder = out / f"{args.stage}_{start.replace(' ', '_')}_{steps}_lr{lr:g}_{seed}"
         command = [sys.executable, f"{args.stage}.py", "--checkpoint", args.checkpoint, *STARTS[start],
                    "--steps", str(steps), "--lr", str(lr), "--seed", str(seed), "--output-dir", str(folder)]
+        if args.schedule_steps:
+            command += ["--schedule-steps", str(args.schedule_steps)]
         if not (folder / "metrics.json").exists():
             subprocess.run(command, cwd=ROOT, check=True)
         metrics = json.loads((folder / "metrics.json").read_text())

@@ -78,6 +78,9 @@ def drawn(stage, number, files, out):
     if stage == "segment":
         flags |= {"--num-scenes": ["40", "2"], "--steps": ["8"], "--head-width": ["8"],
                   "--short-side": ["32"], "--crop-size": ["32"]}
+    if stage == "detect":
+        flags |= {"--num-scenes": ["40", "2"], "--steps": ["8"], "--width": ["8"], "--scene-size": ["32"],
+                  "--short-sides": ["32"], "--test-side": ["32"]}
     if "batch_size" in actions:
         flags["--batch-size"] = [rng.choice(("2", "16", "32"))]
     for action in actions.values():
@@ -86,7 +89,7 @@ def drawn(stage, number, files, out):
             flags[action.option_strings[0]] = [rng.choice(usual).format(**files)]
     if stage == "semisup":
         flags["--label-fraction"] = ["0.5"]                     # 1 % of 512 images are too few
-    if stage == "segment":
+    if stage in ("segment", "detect"):
         del actions["data"]                                     # the other sets are not there
     for action in rng.sample(list(actions.values()), min(rng.randrange(1, 7), len(actions))):
         flag = action.option_strings[0]

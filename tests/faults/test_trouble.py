@@ -155,7 +155,7 @@ def test_a_read_only_disk(stage, flags, tried, tmp_path):
                                                for s in STAGES if s != "lincls")])
 def test_the_folder_is_removed_in_mid_run(stage, network, tmp_path):
     out = tmp_path / "run"
-    longer = "--steps 400" if stage in ("finetune", "segment") else "--epochs 40"
+    longer = "--steps 400" if stage in ("finetune", "segment", "detect") else "--epochs 40"
     process = begin(stage, f"{STAGES[stage].format(network=network)} {OFTEN} {longer}", out)
     assert wait_until((out / "checkpoint.prev.pth").exists, process)
     while out.exists():                                         # it may be writing just now
@@ -259,7 +259,8 @@ EXPLODES = {"pretrain": "--lr 1e30 --optimizer sgd --warmup-epochs 0 --no-nbs",
             "barlow": "--lr 1e30 --optimizer sgd --warmup-epochs 0",
             "selflabel": "--lr 1e30 --optimizer sgd --warmup-epochs 0",
             "distill": "--lr 1e30 --warmup-epochs 0", "lincls": "--lrs 1 --weight-decays 1e30",
-            "semisup": "--lr 1e30", "finetune": "--lr 1e30", "segment": "--lr 1e30"}
+            "semisup": "--lr 1e30", "finetune": "--lr 1e30", "segment": "--lr 1e30",
+            "detect": "--lr 1e30"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -291,11 +292,12 @@ class Poison(torch.autograd.Function):
 
 @pytest.mark.parametrize("stage, loss", [
     ("pretrain", "twist_loss"), ("barlow", "barlow_twins_terms"), ("selflabel", "self_label_loss"),
-    ("distill", "seed_loss"), ("semisup", None), ("finetune", None), ("segment", "pixel_loss")])
+    ("distill", "seed_loss"), ("semisup", None), ("finetune", None), ("segment", "pixel_loss"),
+    ("detect", None)])
 def test_a_gradient_that_is_not_finite(stage, loss, tried, tmp_path, monkeypatch):
     """The loss of step 4 is sound, its gradient is not: nothing of that step is saved."""
     module, calls = importlib.import_module(stage), []
-    holder, loss = (module, loss) if loss else (module.F, "cross_entropy")
+    holder, loss = (module, loss) if loss else (torch.nn.functional, "cross_entropy")
     sound = getattr(holder, loss)
 
     def poisoned(logits, *args, **kwargs):
@@ -366,7 +368,7 @@ def test_a_log_that_lost_its_last_lines(stage, lost, straight, here, tmp_path):
     here(f"{stage}.py {flags} --output-dir {tmp_path}/run", pictures=lost > 1)
     assert log_lines(tmp_path / "run")[-1]["status"] == "done"
     found = json.loads((tmp_path / "run/metrics.json").read_text())
-    own = stage in ("lincls", "semisup", "finetune", "segment")           # these measure once more
+    own = stage in ("lincls", "semisup", "finetune", "segment", "detect")           # these measure once more
     expected = json.loads(trained[-1]) if trained else dict(step=metrics.get("step"))
     assert found == (metrics if own else expected)
 

@@ -33,6 +33,7 @@ FILES = {                        # besides those of every stage
     "semisup": {"backbone.pth", "backbone.json", "labels.txt", "predictions.csv"},
     "finetune": {"backbone.pth", "backbone.json", "predictions.csv"},
     "segment": {"backbone.pth", "backbone.json", "segmentation.png"},
+    "detect": {"backbone.pth", "backbone.json", "detections.png", "detections.json"},
 }
 
 
@@ -42,7 +43,8 @@ def test_stage_runs_to_its_end(stage, straight):
     first, *_, last = log_lines(out)
     total, epoch = first["config"]["total_steps"], first["config"]["steps_per_epoch"]
     assert first["command"] == f"python {stage}.py {flags} --output-dir {out}"
-    sizes = {"lincls": (33, 11), "semisup": (24, 8), "finetune": (24, 24), "segment": (24, 24)}
+    sizes = {"lincls": (33, 11), "semisup": (24, 8), "finetune": (24, 24), "segment": (24, 24),
+             "detect": (24, 24)}
     assert (total, epoch) == sizes.get(stage, (24, 12))
     assert last == dict(step=total, status="done")
     steps = [entry["step"] for entry in losses(out)]
@@ -82,7 +84,7 @@ def test_a_bare_backbone_is_read_with_its_arch_and_input(stage, straight):
         if file.with_suffix(".json").name in FILES[stage]:
             backbone, config = load_pretrained(file)
             assert input_of(config) == (16, [0.5], [0.25])
-            data = "scenes" if stage == "segment" else "fake"
+            data = "scenes" if stage in ("segment", "detect") else "fake"
             assert (config["arch"], config["small_images"], config["data"]) == ("resnet8", False, data)
             assert same(backbone.state_dict(), torch.load(file, weights_only=True))
 

@@ -23,18 +23,19 @@ STAGES = [name for name in SOURCES if "def get_parser" in SOURCES[name]]
 SHARED = {"loss.py", "model.py", "data.py", "folders.py", "shards.py", "views.py", "optim.py",
           "checkpoint.py", "cli.py", "run.py", "pictures.py", "predictions.py", "pretrained.py",
           "restarts.py", "clusters.py", "results.py", "page.py", "logistic.py", "transfer_sets.py",
-          "scenes.py", "segment_sets.py"}
+          "scenes.py", "segment_sets.py", "rcnn.py", "detection_sets.py", "detection_metrics.py"}
 TRAINED = ("pretrain.py", "barlow.py", "selflabel.py", "distill.py")
 # lines and cyclomatic complexity of `main`
 LIMITS = dict.fromkeys(TRAINED, (120, 25))
-LIMITS |= dict.fromkeys(("lincls.py", "semisup.py", "finetune.py", "segment.py",
-                                "cluster_eval.py"), (140, 35))
+LIMITS |= dict.fromkeys(("lincls.py", "semisup.py", "finetune.py", "segment.py", "detect.py",
+                         "cluster_eval.py"), (140, 35))
 LONGEST_STAGE, LONGEST_STEP, LONGEST_DIFF = 350, 30, 180
 RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "--amp", "--workers",
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
 ALSO = {"folders.py": {"PIL", "pillow_heif", "simplejpeg"}, "pictures.py": {"PIL", "matplotlib"},
-        "page.py": {"PIL"}, "segment_sets.py": {"PIL"}}
+        "page.py": {"PIL"}, "segment_sets.py": {"PIL"},
+        "detection_sets.py": {"faster_coco_eval"}}
 # PIL comes with torchvision, the others are optional
 
 
@@ -80,7 +81,7 @@ def test_a_stage_is_not_long(script):
     assert len(SOURCES[script].splitlines()) <= LONGEST_STAGE
 
 
-@pytest.mark.parametrize("script", (*TRAINED, "semisup.py", "finetune.py", "segment.py"))
+@pytest.mark.parametrize("script", (*TRAINED, "semisup.py", "finetune.py", "segment.py", "detect.py"))
 def test_the_training_step_is_short(script):
     pattern = r"\n *# ---- one training step[^\n]*\n(.*?)\n *run\.watch\("
     steps = re.findall(pattern, SOURCES[script], re.DOTALL)

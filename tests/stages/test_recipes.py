@@ -29,6 +29,9 @@ LINEAR = dict(weight_decays=[0], batch_size=1024, epochs=100, min_scale=0.08, he
 FEW_LABELS = dict(weight_decay=0, milestones=None, batch_size=256, min_scale=0.08, interpolation="bilinear")
 SEGMENTED = dict(scale_range=[0.5, 2], cat_max_ratio=0.75, distortion=True, head_width=512, aux_weight=0.4,
                  dropout=0.1, kaiming=True, lr=0.01, min_lr=1e-4, weight_decay=5e-4, bn_batches=0)
+DETECTED = dict(anchor_scale=8, anchors=256, rois=512, short_sides=[*range(480, 801, 32)], test_side=800,
+                long_side=1333, steps=24000, milestones=[18000, 22000], warmup_steps=100, batch_size=16,
+                lr=0.02, weight_decay=1e-4, bn_batches=200, schedule_steps=0, random_init=False)
 # What was published, run by run; `peak` is the learning rate that training reaches.
 PUBLISHED = {
     "resnet50_two_views": dict(LARS, arch="resnet50", views="barlow", num_local=0, num_classes=32768,
@@ -65,6 +68,13 @@ PUBLISHED = {
        for name, data, sides, crop, steps, batch, window, stride in (
            ("voc12aug_fcn", "voc12aug", (512, 2048), 512, 20000, 16, 0, 64),
            ("cityscapes_fcn", "cityscapes", (1025, 2049), 769, 40000, 8, 769, 513))},
+    "voc07_12_fpn": dict(DETECTED, data="voc", neck="fpn", masks=False, pre_nms=[2000, 1000],
+                         post_nms=[1000, 1000]),
+    "voc07_12_c4": dict(DETECTED, data="voc", neck="c4", masks=False, pre_nms=[12000, 6000],
+                        post_nms=[2000, 1000]),
+    "coco_1x_mask": dict(DETECTED, data="coco", neck="fpn", masks=True, pre_nms=[2000, 1000],
+                         post_nms=[1000, 1000], short_sides=[*range(640, 801, 32)], steps=90000,
+                         milestones=[60000, 80000], warmup_steps=1000),
     "voc07_lowshot": dict(depth=5, samples=5, shots=[1, 2, 4, 8, 16, 32, 64, 96],
                           costs=pytest.approx([0.5 ** n for n in range(19, 3, -1)] + [1, 10, 100])),
     "voc07_svm": dict(depth=5, shots=["all"],
@@ -145,9 +155,9 @@ ALIKE = [recipe for recipe in TRAINED               # they differ from another i
 
 
 def test_a_recipe_that_trains_nothing(here, networks, tmp_path):
-    """Those of svm.py and segment.py need data; test_svm.py and test_segment.py make it, small."""
+    """Those of svm.py, segment.py and detect.py need data; their own tests make it, small."""
     assert set(RECIPES) - set(TRAINED) == {"barlow_twins_knn", "voc07_lowshot", "voc07_svm", "voc12aug_fcn",
-                                           "cityscapes_fcn"}
+                                           "cityscapes_fcn", "voc07_12_fpn", "voc07_12_c4", "coco_1x_mask"}
     here(f"knn.py @{RECIPES['barlow_twins_knn']} --checkpoint {networks['resnet8']} --output-dir {tmp_path}")
     assert (tmp_path / "metrics.json").exists()
 
