@@ -355,6 +355,23 @@ class Run:
         sys.exit(code)
 
 
+def read_later(value):
+    """A function that returns a number of the device. It waits for the work so far, not for what comes after.
+
+    So the device has the backward pass to do while this process waits, and never runs out of work.
+    """
+    copied = torch.cuda.Event() if value.is_cuda else None
+    value = value.to("cpu", non_blocking=True)
+    if copied:
+        copied.record()
+
+    def read():
+        if copied:
+            copied.synchronize()
+        return value.item()
+    return read
+
+
 def rng_state(device):
     """States of the generators that a network's noise (drop path, dropout) comes from, a list of tensors."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

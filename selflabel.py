@@ -27,7 +27,7 @@ from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
 from pretrained import build_ours, load_trained
-from run import Run
+from run import Run, read_later
 from views import VIEWS, build_views, pick_views
 
 LINE = "loss {loss:.3f} on {fraction:.0%} above {threshold:.3f} classes {classes} agreement {agreement:.0%}"
@@ -214,23 +214,6 @@ def main(args):
 
     # ---------------------------------------------------------------- save
     run.done()
-
-
-def read_later(value):
-    """A function that returns a number of the device. It waits for the work so far, not for what comes after.
-
-    So the device has the backward pass to do while this process waits, and never runs out of work.
-    """
-    copied = torch.cuda.Event() if value.is_cuda else None
-    value = value.to("cpu", non_blocking=True)
-    if copied:
-        copied.record()
-
-    def read():
-        if copied:
-            copied.synchronize()
-        return value.item()
-    return read
 
 
 def describe(loss, logits, labelling_logits, run):
