@@ -27,7 +27,7 @@ from loss import anchors, self_label_loss
 from model import bunch_layout
 from optim import LARS, cosine, param_groups, warmup_cosine
 from pretrained import build_ours, load_trained
-from run import Run, read_later
+from run import Run
 from views import VIEWS, build_views, pick_views
 
 LINE = "loss {loss:.3f} on {fraction:.0%} above {threshold:.3f} classes {classes} agreement {agreement:.0%}"
@@ -192,7 +192,7 @@ def main(args):
                 with torch.no_grad():
                     teacher_logits = teacher(x[:2])                               # [2, B, C]
         loss = self_label_loss(logits, quantile, teacher_logits)
-        any_label = read_later(loss.fraction > 0)        # the same on all ranks
+        any_label = run.read_later(loss.fraction > 0)    # the same on all ranks
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
