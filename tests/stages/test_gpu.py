@@ -47,7 +47,7 @@ def test_several_processes_wait_for_nothing(tmp_path, monkeypatch):
 def test_a_published_step_on_eight_gpus(tmp_path, monkeypatch):
     """ResNet-50, multi-crop, 256 images on each of 8 GPUs, beside one GPU with torch's own batch norm.
 
-    2,968 launches beside 1,876, of them 40 of LARS and 389 of the views; 562 GB beside 490; 45.8 GiB at most.
+    2,967 launches beside 1,875, of them 40 of LARS and 389 of the views; 562 GB beside 490; 45.8 GiB at most.
     """
     images = torch.zeros(1, dtype=torch.uint8).expand(8192, 3, 224, 224)
     monkeypatch.setattr(pretrain, "build_dataset", lambda *args, **kwargs: ImageSet(images, None, None))
