@@ -125,8 +125,8 @@ def compare_processes():
     for (world_size, threads), rates in turns.items():
         clock, cpu = zip(*rates[1:], strict=True)                                 # the first turn warms up
         found[world_size, threads] = statistics.median(clock), max(clock), statistics.median(cpu)
-        print(f"{world_size} process(es), {threads} thread(s): images/s %.0f, fastest turn %.0f; images a CPU "
-              "second %.0f" % found[world_size, threads])
+        print(f"{world_size} process(es), {threads} thread(s): images/s %.0f, fastest turn %.0f; images a "
+              "CPU second %.0f" % found[world_size, threads])
     median, fastest, _ = (a / b for a, b in zip(found[2, 1], found[1, 2], strict=True))
     print(f"two processes reach {median:.2f} of two threads, fastest turns {fastest:.2f} (required: at least "
           f"0.9); a CPU second does {found[2, 1][2] / found[1, 1][2]:.2f} of what it does in one process")
