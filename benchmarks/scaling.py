@@ -5,8 +5,8 @@
 Step: resnet8 with TWIST's head on random views of 20 × 20 pixels, loss, backward, AdamW. Its CPU seconds with
 one thread are medians over rounds that visit all sizes in turn; memory is what the forward pass keeps for the
 backward pass. The exponent e of time ~ size^e is fitted to all sizes, and once more to the largest two. Then
-two gloo processes with one thread each take turns with one process of two threads: seconds by the clock, so
-on a machine that does other work look at the fastest turn of each.
+two gloo processes with one thread each take turns with one process of two threads and one of one thread. A
+busy machine slows two threads that wait for each other most: look at the images of a CPU second there.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ from optim import param_groups  # noqa: E402
 
 BASE = dict(V=4, C=256, B=32)                    # views of an image, classes, images of a step
 SIZES = dict(V=(2, 4, 8, 16), C=(1024, 4096, 16384, 65536), B=(16, 32, 64, 128))
-ROUNDS, TURNS, STEPS, BATCH = 5, 9, 5, 128       # TURNS of STEPS steps with BATCH images, two views of each
+ROUNDS, TURNS, STEPS, BATCH = 5, 5, 5, 128       # TURNS of STEPS steps with BATCH images, two views of each
 REQUIRED = dict(V=1.05, C=1.05)                  # the largest exponents of time
 
 
@@ -91,43 +91,47 @@ def grow(name, sizes):
 
 
 def serve(pipe, rank, world_size, threads, port):
-    """A process that makes STEPS steps whenever it is told to, and answers with the seconds."""
+    """A process that makes STEPS steps whenever it is told to, and answers with seconds, clock and CPU."""
     torch.set_num_threads(threads)
     if world_size > 1:
         dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world_size)
     step = Step(2, 10, BATCH, world_size)
     while pipe.recv():
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(STEPS):
             step.run()
-        pipe.send(time.perf_counter() - start)
+        pipe.send((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def compare_processes():
-    """Images a second of one process with two threads, and of two processes with one thread each."""
+    """Images a second of one process and of two with one thread each, and of one with two threads."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    groups, seconds = {(1, 2): [], (2, 1): []}, {(1, 2): [], (2, 1): []}        # (processes, threads)
-    for (world_size, threads), pipes in groups.items():
+    pipes, turns = {(1, 2): [], (2, 1): [], (1, 1): []}, {}                       # of (processes, threads)
+    for (world_size, threads), ends in pipes.items():
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             context.Process(target=serve, args=(theirs, rank, world_size, threads, port), daemon=True).start()
-            pipes.append(ours)
-    for turn in range(TURNS + 1):
-        for group, pipes in groups.items():
-            for pipe in pipes:
-                pipe.send(True)
-            slowest = max([pipe.recv() for pipe in pipes])
-            if turn > 0:
-                seconds[group].append(slowest)
-    for pipe in groups[1, 2] + groups[2, 1]:
-        pipe.send(False)
-    for name, choose in (("median", statistics.median), ("fastest", min)):
-        one, two = (STEPS * BATCH / choose(seconds[group]) for group in groups)
-        print(f"{name} turn: one process with two threads {one:,.0f} images/s, two processes with one thread "
-              f"each {two:,.0f}: {two / one:.2f} of it (required: at least 0.9)")
+            ends.append(ours)
+    for _ in range(TURNS + 1):
+        for group, ends in pipes.items():
+            for end in ends:
+                end.send(True)
+            clock, cpu = zip(*[end.recv() for end in ends], strict=True)
+            turns.setdefault(group, []).append((STEPS * BATCH / max(clock), STEPS * BATCH / sum(cpu)))
+    found = {}
+    for (world_size, threads), rates in turns.items():
+        clock, cpu = zip(*rates[1:], strict=True)                                 # the first turn warms up
+        found[world_size, threads] = statistics.median(clock), max(clock), statistics.median(cpu)
+        print(f"{world_size} process(es), {threads} thread(s): images/s %.0f, fastest turn %.0f; images a "
+              "CPU second %.0f" % found[world_size, threads])
+    median, fastest, _ = (a / b for a, b in zip(found[2, 1], found[1, 2], strict=True))
+    print(f"two processes reach {median:.2f} of two threads, fastest turns {fastest:.2f} (required: at least "
+          f"0.9); a CPU second does {found[2, 1][2] / found[1, 1][2]:.2f} of what it does in one process")
+    for end in sum(pipes.values(), []):
+        end.send(False)
 
 
 def main():

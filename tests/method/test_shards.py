@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import assert_same_run, run, same, start, wait_for, weights
+from processes import assert_same_run, metrics_of, run, same, start, wait_for, weights
 
 import shards
 from checkpoint import UserError
@@ -149,6 +149,7 @@ def test_pictures_in_both_parts_are_refused(three):
         labelled(args, {})
 
 
+OF_THE_MACHINE = ("images_per_s", "waiting", "memory_mib", "seconds")
 TRAIN = ("pretrain.py --image-size 16 --batch-size 4 --epochs 3 --hidden-dim 16 --restarts 1 --save-every 1 "
          "--print-every 1")
 
@@ -164,6 +165,28 @@ def test_a_killed_run_on_shards_ends_bit_equal(three, here):
     here(f"{command} --workers 0 --output-dir {three}/killed")
     here(f"{TRAIN} --data {three}/files --workers 0 --output-dir {three}/whole")
     assert same(weights(three / "killed"), weights(three / "whole"))
+
+
+EVERY_STAGE = {
+    "cluster_eval": "--checkpoint {network}",
+    "lincls": "--checkpoint {network} --batch-size 4 --epochs 1 --lrs 1",
+    "knn": "--checkpoint {network} --k 3", "embed": "--checkpoint {network}",
+    "barlow": "--image-size 16 --hidden-dim 16 --batch-size 4 --epochs 1",
+    "selflabel": "--checkpoint {network} --batch-size 4 --epochs 1",
+    "distill": "--teacher {network} --batch-size 4 --epochs 1 --queue-size 8",
+    "semisup": "--checkpoint {network} --batch-size 4 --epochs 1 --label-fraction 0.5",
+    "finetune": "--checkpoint {network} --batch-size 4 --steps 4"}
+
+
+@pytest.mark.parametrize("stage", EVERY_STAGE)
+def test_every_stage_takes_shards_as_it_takes_the_folder(stage, three, network, here):
+    found = []
+    for name in ("packed", "files"):
+        flags = EVERY_STAGE[stage].format(network=network)
+        here(f"{stage}.py {flags} --data {three}/{name} --workers 0 --output-dir {three}/out-{name}")
+        found.append({key: value for key, value in metrics_of(three / f"out-{name}").items()
+                      if isinstance(value, (int, float)) and key not in OF_THE_MACHINE})
+    assert found[0] == found[1] and found[0]
 
 
 def test_how_pictures_are_read_stands_in_the_configuration(three, here):
