@@ -63,7 +63,7 @@ def get_parser():
         help="the longer side is at most this long, whatever the shorter one then is; 0: no limit")
     add("--scale-range", type=at_least(0.01, float), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"),
         help="for training the sides are multiplied by a random number in this range")
-    add("--crop-size", type=at_least(1), default=64, help="pixels of a side of the training crops")
+    add("--crop-size", type=at_least(9), default=64, help="pixels of a side of the training crops")
     add("--cat-max-ratio", type=at_least(0, float), default=1.0, help="most of a crop that is of one class")
     add("--distortion", action="store_true", help="distort brightness, contrast, saturation, hue at random")
     add("--window", type=at_least(0), default=0, help="side of the windows a test image is cut into; 0: none")
