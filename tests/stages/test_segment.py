@@ -490,6 +490,7 @@ def test_a_plain_loop_arrives_at_the_same_weights(network, here, tmp_path):
 
 @pytest.mark.parametrize("bad, names", [
     ("--batch-size 17", "--batch-size 17: must be at most the 16 images"),
+    ("--short-side 15", "--short-side 15: must be at least 16"),
     ("--scale-range 2 1", "--scale-range: must be two numbers, the lower one first"),
     ("--window 8 --window-stride 9", "--window-stride 9: must be at most --window, 8"),
     ("--data voc12", "did you mean voc12aug?")])
