@@ -580,7 +580,7 @@ def test_without_the_package_coco_is_refused(here, network, sets, tmp_path, monk
 
 
 def test_flags_that_do_not_go_together(here, network, tmp_path):
-    for flags, says in (("--masks --neck c4", "--masks: needs the pyramid"),
+    for flags, says in (("--masks", "--masks: needs the pyramid; add --neck fpn"),
                         ("--batch-size 9", "--batch-size 9: must be at most the 8"),
                         ("--steps 9 --schedule-steps 5", "--schedule-steps 5: must be at least")):
         flags += f" --num-scenes 8 2 --output-dir {tmp_path}/run"
@@ -590,7 +590,7 @@ def test_flags_that_do_not_go_together(here, network, tmp_path):
 
 
 def test_schedule_steps_is_the_beginning_of_a_longer_run(here, network, tmp_path):
-    small = ("--num-scenes 8 2 --scene-size 32 --short-sides 32 --test-side 32 --batch-size 4 --width 8 "
+    small = ("--num-scenes 8 2 --scene-size 32 --short-sides 32 --test-side 32 --batch-size 4 "
              "--rois 8 --bn-batches 0 --warmup-steps 1")
     for flags in (f"--steps 4 --save-every 2 --output-dir {tmp_path}/long",
                   f"--steps 2 --schedule-steps 4 --output-dir {tmp_path}/short"):
