@@ -33,14 +33,19 @@ class Anchors(nn.Module):
 
     def __init__(self, strides, sizes):
         super().__init__()
-        self.strides, self.cells = strides, []
-        for sides in sizes:
+        self.strides = strides
+        for i, sides in enumerate(sizes):
             side, ratio = torch.cartesian_prod(torch.tensor(sides).float(), torch.tensor(RATIOS)).unbind(1)
             half = torch.stack([side / ratio.sqrt(), side * ratio.sqrt()], 1) / 2          # width, height
-            self.cells.append(torch.cat([-half, half], 1))
+            self.register_buffer(f"cell{i}", torch.cat([-half, half], 1), persistent=False)
+
+    @property
+    def cells(self):
+        """For each map the boxes [A, 4] around (0, 0)."""
+        return [*self.buffers()]
 
     def num_anchors_per_location(self):
-        return [len(cell) for cell in self.cells]
+        return [*map(len, self.cells)]
 
     def forward(self, images, maps):
         """Maps [B, C, h, w] -> B times the same anchors, float32 [h·w·A of all maps, 4]."""
@@ -49,7 +54,7 @@ class Anchors(nn.Module):
             rows, columns = (stride * torch.arange(n, device=x.device) for n in x.shape[2:])
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             centres = torch.stack([x, y, x, y], 2).view(-1, 1, 4)
-            found.append((centres + cell.to(centres.device)).view(-1, 4))
+            found.append((centres + cell).view(-1, 4))
         return [torch.cat(found)] * len(images.image_sizes)
 
 
