@@ -2,6 +2,7 @@
 
     python detect.py --checkpoint weights/fashion-mnist.pth                    scenes, CPU or one GPU
     python detect.py --checkpoint weights/fashion-mnist.pth --random-init      the same network from scratch
+    python detect.py --checkpoint weights/fashion-mnist.pth --neck fpn --masks
     torchrun --nproc-per-node 8 detect.py @recipes/voc07_12_fpn.txt --checkpoint FILE --data-dir DATA
     torchrun --nproc-per-node 8 detect.py @recipes/coco_1x_mask.txt --checkpoint FILE --data-dir DATA
 
@@ -50,12 +51,12 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = network_flags(parser).add_argument
     add("--random-init", action="store_true", help="train the same network from scratch, to compare with")
-    add("--neck", default="fpn", choices=("fpn", "c4"),
+    add("--neck", default="c4", choices=("fpn", "c4"),
         help="fpn: a pyramid of maps; c4: one map, and the last stage as the box head")
     add("--masks", action="store_true", help="find the masks of objects, too: Mask R-CNN; needs --neck fpn")
-    add("--width", type=at_least(1), default=32, help="channels of the pyramid and of the heads")
-    add("--convs", type=at_least(0), default=1, help="convolutions of the box head and of the mask head")
-    add("--fc-width", type=at_least(1), default=128, help="channels of the box head's last layer")
+    add("--width", type=at_least(1), default=32, help="with fpn, channels of the pyramid and of the heads")
+    add("--convs", type=at_least(0), default=1, help="with fpn, convolutions of the box head and mask head")
+    add("--fc-width", type=at_least(1), default=128, help="with fpn, channels of the box head's last layer")
     add("--anchor-scale", type=at_least(1e-3, float), default=4.0,
         help="side of an anchor in strides of its map")
     add("--anchors", type=at_least(2), default=64, help="anchors of an image that the loss takes")
@@ -64,8 +65,8 @@ def get_parser():
         help="proposals of each map that are taken")
     add("--post-nms", type=at_least(1), nargs=2, default=[100, 100], metavar=("TRAIN", "TEST"),
         help="proposals of an image that are left after the suppression of overlapping ones")
-    add("--pool-side", type=at_least(0), default=0,
-        help="positions on a side of what the box head gets of a box; 0: 7, with --neck c4 14")
+    add("--pool-side", type=at_least(1), default=6,
+        help="positions on a side of what the box head gets of a box")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="scenes", choices=("scenes", "voc", "coco"), help="what to detect in")
     add("--data-dir", default="datasets", help="folder of the data sets")
@@ -210,7 +211,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     if args.masks and args.neck == "c4":
-        raise UserError("--masks: needs the pyramid; leave --neck c4 out")
+        raise UserError("--masks: needs the pyramid; add --neck fpn")
     backbone, source = load_network(args)
     size, mean, std = input_of(source)
     train, test = read_set(args.data, args.data_dir, args.num_scenes, args.scene_size, args.seed, args.masks)

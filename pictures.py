@@ -12,7 +12,7 @@ import numpy as np
 from checkpoint import to_stdout, write_atomically
 
 PER_SHEET = 40         # clusters on a contact sheet
-RED = (220, 0, 0)
+RED, YELLOW = (220, 0, 0), (255, 220, 0)
 
 
 def _wrap(text, width):
@@ -419,7 +419,7 @@ def draw_detections(path, pictures, found, height=192, least=0.5):
                 drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
             if chosen.any():
                 names = [name for name, drawn_too in zip(names, chosen.tolist(), strict=True) if drawn_too]
-                drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=RED)
+                drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=YELLOW)
             drawn = drawn.permute(1, 2, 0).numpy()
             parts.append(np.pad(drawn, ((2, 2), (2, 2), (0, 0)), constant_values=255))
         strips.append(np.concatenate(parts, 1))

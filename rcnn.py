@@ -33,14 +33,19 @@ class Anchors(nn.Module):
 
     def __init__(self, strides, sizes):
         super().__init__()
-        self.strides, self.cells = strides, []
-        for sides in sizes:
+        self.strides = strides
+        for i, sides in enumerate(sizes):
             side, ratio = torch.cartesian_prod(torch.tensor(sides).float(), torch.tensor(RATIOS)).unbind(1)
             half = torch.stack([side / ratio.sqrt(), side * ratio.sqrt()], 1) / 2          # width, height
-            self.cells.append(torch.cat([-half, half], 1))
+            self.register_buffer(f"cell{i}", torch.cat([-half, half], 1), persistent=False)
+
+    @property
+    def cells(self):
+        """For each map the boxes [A, 4] around (0, 0)."""
+        return [*self.buffers()]
 
     def num_anchors_per_location(self):
-        return [len(cell) for cell in self.cells]
+        return [*map(len, self.cells)]
 
     def forward(self, images, maps):
         """Maps [B, C, h, w] -> B times the same anchors, float32 [h·w·A of all maps, 4]."""
@@ -49,7 +54,7 @@ class Anchors(nn.Module):
             rows, columns = (stride * torch.arange(n, device=x.device) for n in x.shape[2:])
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             centres = torch.stack([x, y, x, y], 2).view(-1, 1, 4)
-            found.append((centres + cell.to(centres.device)).view(-1, 4))
+            found.append((centres + cell).view(-1, 4))
         return [torch.cat(found)] * len(images.image_sizes)
 
 
@@ -165,12 +170,12 @@ class Detector(nn.Module):
     anchor_scale: an anchor's side, in strides. width: channels of the pyramid and of the heads' `convs`
     convolutions; fc_width: of the box head's last layer. anchors, rois: how many the losses take of a
     picture. pre_nms, post_nms: proposals of a map before and of all after suppression, (training, testing).
-    side: of what the box head gets of a RoI, in positions; 0: 7, of c4 14.
+    side: of what the box head gets of a RoI, in positions; c4's published one is 14.
     Raises ValueError for another network than a ResNet.
     """
 
     def __init__(self, backbone, num_classes, neck="fpn", masks=False, anchor_scale=8, width=256, convs=4,
-                 fc_width=1024, anchors=256, rois=512, pre_nms=(2000, 1000), post_nms=(1000, 1000), side=0):
+                 fc_width=1024, anchors=256, rois=512, pre_nms=(2000, 1000), post_nms=(1000, 1000), side=7):
         super().__init__()
         stages = stages_of(backbone)
         self.backbone, self.pyramid, self.last = feature_maps(backbone, stages), None, stages[-1]
@@ -183,7 +188,6 @@ class Detector(nn.Module):
             self.multiple = strides[-1]              # sides of a batch are multiples of it, else maps misfit
             rpn_strides = [*strides, 2 * strides[-1]]
             sizes = [[anchor_scale * stride] for stride in rpn_strides]
-            side = side or 7
             head, inputs = box_head(width, side, convs, fc_width), fc_width
         else:
             self.stages, inputs = stages[-2:-1], channels[self.last]
@@ -191,7 +195,7 @@ class Detector(nn.Module):
             strides = rpn_strides = [strides[self.stages[0]]]
             self.multiple, sizes = 1, [[anchor_scale * strides[0] * size for size in C4_SIZES]]
             self.norm = nn.BatchNorm2d(inputs)
-            side, head = side or 14, self.run_last_stage
+            head = self.run_last_stage
         mask_parts = [None] * 3
         if masks:
             mask_parts = [Pooler(strides, 14), MaskRCNNHeads(width, [width] * convs, 1, nn.BatchNorm2d),

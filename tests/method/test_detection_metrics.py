@@ -118,7 +118,7 @@ def test_cases_by_hand(name, predictions, targets, expected):
 def random_set(rng):
     """Pictures with objects and detections near them, with ties, duplicates, and difficult objects."""
     predictions, targets, C = [], [], int(rng.integers(1, 5))
-    for _ in range(rng.integers(0, 9)):
+    for _ in range(rng.integers(0, 6)):
         def boxes(count):
             corner = rng.integers(0, 30, (count, 2))
             return np.concatenate([corner, corner + rng.integers(0, 25, (count, 2))], 1).astype(float)
@@ -143,7 +143,7 @@ def test_random_sets():
         np.testing.assert_allclose(ap, slow, rtol=0, atol=1e-12)
         values += [*ap]
     values = np.array(values)
-    assert np.isnan(values).sum() > 20 and (values > 0).sum() > 100 and len({*values.round(6)}) > 80
+    assert np.isnan(values).sum() > 20 and (values > 0).sum() > 90 and len({*values.round(6)}) > 80
 
 
 def test_means_over_overlaps_and_classes():
