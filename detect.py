@@ -86,7 +86,7 @@ def get_parser():
     add("--lr", type=at_least(1e-9, float), default=0.05, help="peak learning rate, whatever the batch size")
     add("--milestones", type=at_least(0), nargs="+",
         help="steps after which the learning rate falls to a tenth; without it, it follows a cosine to 0")
-    add("--warmup-steps", type=at_least(0), default=20,
+    add("--warmup-steps", type=at_least(0), default=100,
         help="steps over which the learning rate rises linearly from a thousandth")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="of weights and biases, not of norms")
     add("--bn-batches", type=at_least(0), default=20,
