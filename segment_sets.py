@@ -27,6 +27,7 @@ CITYSCAPES = {                   # of the numbers 0 to 33 in its label maps, the
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
     20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
     27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+SMALLEST = 16                    # pixels of a scene
 TRIES = 11                       # of a crop, until no class fills too much of it
 UNIFORMS = 2 + 2 * TRIES + 8     # random numbers of a crop: scale, flip; places; distortion
 
@@ -114,6 +115,8 @@ def read_set(name, data_dir, num_scenes, size, seed):
     UserError, one line, for missing lists and files, and for another number of pictures than the published.
     """
     if name == "scenes":
+        if size < SMALLEST:
+            raise UserError(f"--short-side {size}: must be at least {SMALLEST}, as a scene has four items")
         return (scene_pictures("train", "training images", num_scenes[0], size, seed),
                 scene_pictures("val", "test images", num_scenes[1], size, 0))
     source = SOURCES[name]

@@ -15,6 +15,7 @@ from PIL import Image
 from processes import ROOT, assert_same_run, log_lines, metrics_of, run, saved_network, weights
 from sklearn.metrics import jaccard_score
 
+import data
 import segment_sets
 from checkpoint import UserError, load_checkpoint
 from data import ImageSet, input_of
@@ -29,6 +30,13 @@ RECIPES = {"voc12aug": "voc12aug_fcn", "cityscapes": "cityscapes_fcn"}
 SIZES = {"voc12aug": (9, 3), "cityscapes": (8, 3)}           # of the sets that are made here
 SMALL = ("--short-side 24 --long-side 64 --crop-size 33 --head-width 8 --steps 2 --batch-size 4 --dropout 0 "
          "--print-every 1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clothes_are_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read_idx", functools.cache(data._read_idx))
+        yield
 
 
 # ---------------------------------------------------------------- the score
@@ -482,6 +490,7 @@ def test_a_plain_loop_arrives_at_the_same_weights(network, here, tmp_path):
 
 @pytest.mark.parametrize("bad, names", [
     ("--batch-size 17", "--batch-size 17: must be at most the 16 images"),
+    ("--short-side 15", "--short-side 15: must be at least 16"),
     ("--scale-range 2 1", "--scale-range: must be two numbers, the lower one first"),
     ("--window 8 --window-stride 9", "--window-stride 9: must be at most --window, 8"),
     ("--data voc12", "did you mean voc12aug?")])
