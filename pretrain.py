@@ -181,8 +181,8 @@ def main(args):
         ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     teacher = None
     if args.ema > 0:                         # stays in training mode: its own batch statistics, as published
-        teacher = build_network(config).to(device, memory_format=torch.channels_last)
-        teacher.requires_grad_(False)
+        teacher = build_network(config)
+        teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
         teacher.load_state_dict(model.state_dict())
     torch.manual_seed(args.seed + rank)      # from here on noise (drop path) should differ between ranks
 

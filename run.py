@@ -222,6 +222,23 @@ class Run:
         self.waited += time.time() - before
         return batch
 
+    @staticmethod
+    def read_later(value):
+        """A function that returns a number of the device; it waits for the work so far, not for later work.
+
+        So the device has the backward pass to do while this process waits, and never runs out of work.
+        """
+        copied = torch.cuda.Event() if value.is_cuda else None
+        value = value.to("cpu", non_blocking=True)
+        if copied:
+            copied.record()
+
+        def read():
+            if copied:
+                copied.synchronize()
+            return value.item()
+        return read
+
     @torch.no_grad()
     def watch(self, loss, norm=None):
         """Remembers the first step with a number that is not finite. Call it at the end of every step.

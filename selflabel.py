@@ -192,7 +192,7 @@ def main(args):
                 with torch.no_grad():
                     teacher_logits = teacher(x[:2])                               # [2, B, C]
         loss = self_label_loss(logits, quantile, teacher_logits)
-        any_label = read_later(loss.fraction > 0)        # the same on all ranks
+        any_label = run.read_later(loss.fraction > 0)    # the same on all ranks
         optimizer.zero_grad()
         scaler.scale(loss.total).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
@@ -214,23 +214,6 @@ def main(args):
 
     # ---------------------------------------------------------------- save
     run.done()
-
-
-def read_later(value):
-    """A function that returns a number of the device. It waits for the work so far, not for what comes after.
-
-    So the device has the backward pass to do while this process waits, and never runs out of work.
-    """
-    copied = torch.cuda.Event() if value.is_cuda else None
-    value = value.to("cpu", non_blocking=True)
-    if copied:
-        copied.record()
-
-    def read():
-        if copied:
-            copied.synchronize()
-        return value.item()
-    return read
 
 
 def describe(loss, logits, labelling_logits, run):
