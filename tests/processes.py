@@ -40,7 +40,7 @@ STAGES = {                       # flags of a run of 24 steps or 33; {network} i
     "segment": "--checkpoint {network} --num-scenes 24 8 --short-side 32 --crop-size 32 --head-width 8 "
                "--batch-size 4 --steps 24 --bn-batches 2",
     "detect": "--checkpoint {network} --num-scenes 24 8 --scene-size 32 --short-sides 32 --test-side 32 "
-              "--anchors 16 --rois 8 --pre-nms 30 30 --post-nms 15 15 "
+              "--anchors 16 --rois 8 --pre-nms 30 30 --post-nms 15 15 --warmup-steps 2 "
               "--batch-size 4 --steps 24 --bn-batches 2",
 }
 OFTEN = "--print-every 2 --save-every 3"
