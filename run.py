@@ -490,7 +490,7 @@ def make_evaluation_folder(path):
     def remove_if_empty():
         with suppress(OSError):
             out.rmdir()
-    if not out.exists():
+    if not out.exists() and os.environ.get("RANK", "0") == "0":      # other ranks end before it writes
         atexit.register(remove_if_empty)
     if (out / "checkpoint.pth").exists():
         raise UserError(f"--output-dir {out}: holds a training run; choose another")
