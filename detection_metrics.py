@@ -1,14 +1,15 @@
-"""Average precision of detections, by PASCAL VOC's rule of 2007 and by COCO's; COCO's form of detections."""
+"""Average precision of detections, by PASCAL VOC's rule of 2007 and by COCO's; masks of objects."""
 
 import contextlib
 import copy
 import io
+import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from detection_sets import coco_tools
+from checkpoint import UserError
 
 IOUS = [0.5 + 0.05 * i for i in range(10)]           # thresholds; AP is the mean over them
 COCO_NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -106,6 +107,38 @@ def as_published(boxes, scores=None):
 
 
 # ---------------------------------------------------------------- masks
+class Bitmaps:
+    """Masks of M objects, bool [M, H, W], each of its whole picture."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def draw(self, number, own, size):
+        """bool [h, w] of an object. own: (height, width) of its picture; size: (h, w) after resizing."""
+        mask = self.masks[number][None, None].float()
+        return F.interpolate(mask, size, mode="nearest-exact")[0, 0] > 0
+
+
+class Polygons:
+    """Masks of objects, each one or more polygons, in three flat arrays."""
+
+    def __init__(self, objects):
+        """objects: for each a list of lists x, y, x, y, ..."""
+        rings = [*itertools.chain.from_iterable(objects)]
+        self.firsts = np.cumsum([0, *map(len, objects)])                   # of an object, among the rings
+        self.starts = np.cumsum([0, *map(len, rings)])                     # of a ring, among the numbers
+        self.numbers = np.array([*itertools.chain.from_iterable(rings)], np.float32)
+
+    def draw(self, number, own, size):
+        mask_api, (height, width) = coco_tools().mask, own
+        scale, rings = np.array([size[1] / width, size[0] / height]), []
+        for ring in range(*self.firsts[number:number + 2]):
+            points = self.numbers[self.starts[ring]:self.starts[ring + 1]].reshape(-1, 2)
+            rings.append((points * scale).flatten().tolist())
+        mask = mask_api.decode(mask_api.merge(mask_api.frPyObjects(rings, *size)))
+        return torch.from_numpy(mask.astype(bool))
+
+
 def paste(masks, boxes, size, threshold=0.5):
     """bool [n, height, width]: masks [n, M, M] of probabilities, each stretched over its box [n, 4]."""
     whole = torch.zeros(len(masks), *size, dtype=torch.bool)
@@ -119,6 +152,15 @@ def paste(masks, boxes, size, threshold=0.5):
 
 
 # ---------------------------------------------------------------- COCO
+def coco_tools():
+    """The package faster_coco_eval, which only COCO's masks and evaluation need. Raises UserError."""
+    try:
+        import faster_coco_eval
+    except ImportError:
+        raise UserError("--data coco: needs a package; pip install faster-coco-eval") from None
+    return faster_coco_eval
+
+
 def coco_entries(prediction, image_id, class_ids):
     """A prediction as a list of entries of COCO's result files; a mask becomes its run lengths."""
     entries = []

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from checkpoint import UserError, printable, say_once
 from data import FASHION_MNIST_CLASSES, Batches, ImageSet, scenes
+from detection_metrics import Bitmaps, Polygons, coco_tools
 from segment_sets import VOC_CLASSES
 from views import normalize
 
@@ -50,38 +51,6 @@ class Pictures(NamedTuple):
         """boxes [n, 4], labels [n], difficult [n] of a picture."""
         which = self.objects(index)
         return dict(boxes=self.boxes[which], labels=self.labels[which], difficult=self.difficult[which])
-
-
-class Bitmaps:
-    """Masks of M objects, bool [M, H, W], each of its whole picture."""
-
-    def __init__(self, masks):
-        self.masks = masks
-
-    def draw(self, number, own, size):
-        """bool [h, w] of an object. own: (height, width) of its picture; size: (h, w) after resizing."""
-        mask = self.masks[number][None, None].float()
-        return F.interpolate(mask, size, mode="nearest-exact")[0, 0] > 0
-
-
-class Polygons:
-    """Masks of objects, each one or more polygons, in three flat arrays."""
-
-    def __init__(self, objects):
-        """objects: for each a list of lists x, y, x, y, ..."""
-        rings = [*itertools.chain.from_iterable(objects)]
-        self.firsts = np.cumsum([0, *map(len, objects)])                   # of an object, among the rings
-        self.starts = np.cumsum([0, *map(len, rings)])                     # of a ring, among the numbers
-        self.numbers = np.array([*itertools.chain.from_iterable(rings)], np.float32)
-
-    def draw(self, number, own, size):
-        mask_api, (height, width) = coco_tools().mask, own
-        scale, rings = np.array([size[1] / width, size[0] / height]), []
-        for ring in range(*self.firsts[number:number + 2]):
-            points = self.numbers[self.starts[ring]:self.starts[ring + 1]].reshape(-1, 2)
-            rings.append((points * scale).flatten().tolist())
-        mask = mask_api.decode(mask_api.merge(mask_api.frPyObjects(rings, *size)))
-        return torch.from_numpy(mask.astype(bool))
 
 
 # ---------------------------------------------------------------- data sets
@@ -219,15 +188,6 @@ def read_xml(path):
 
 
 # ---------------------------------------------------------------- COCO
-def coco_tools():
-    """The package faster_coco_eval, which only COCO's masks and evaluation need. Raises UserError."""
-    try:
-        import faster_coco_eval
-    except ImportError:
-        raise UserError("--data coco: needs a package; pip install faster-coco-eval") from None
-    return faster_coco_eval
-
-
 def is_ring(ring):
     """Whether it is x, y, x, y, ... of three points at least."""
     return len(ring) >= 6 and len(ring) % 2 == 0

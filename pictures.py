@@ -12,7 +12,7 @@ import numpy as np
 from checkpoint import to_stdout, write_atomically
 
 PER_SHEET = 40         # clusters on a contact sheet
-RED, YELLOW = (220, 0, 0), (255, 220, 0)
+RED, YELLOW, GREEN = (220, 0, 0), (255, 220, 0), (0, 200, 80)
 
 
 def _wrap(text, width):
@@ -416,7 +416,7 @@ def draw_detections(path, pictures, found, height=192, least=0.5):
                 names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
             if "masks" in objects and chosen.any():
                 masks = torch.nn.functional.interpolate(objects["masks"][chosen][None].float(), size)[0] > 0.5
-                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5)
+                drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=GREEN)
             if chosen.any():
                 names = [name for name, drawn_too in zip(names, chosen.tolist(), strict=True) if drawn_too]
                 drawn = draw_bounding_boxes(drawn, scale * objects["boxes"][chosen], names, colors=YELLOW)

@@ -34,8 +34,7 @@ RUN_FLAGS = ("--output-dir", "--resume", "--overwrite", "--seed", "--device", "-
              "--save-every", "--print-every", "--timeout", "--data-dir")
 PACKAGES = {"torch", "torchvision", "numpy", "scipy"}
 ALSO = {"folders.py": {"PIL", "pillow_heif", "simplejpeg"}, "pictures.py": {"PIL", "matplotlib"},
-        "page.py": {"PIL"}, "segment_sets.py": {"PIL"},
-        "detection_sets.py": {"faster_coco_eval"}}
+        "page.py": {"PIL"}, "segment_sets.py": {"PIL"}, "detection_metrics.py": {"faster_coco_eval"}}
 # PIL comes with torchvision, the others are optional
 
 
