@@ -113,8 +113,8 @@ def _hyphens(words):
 
 # ---------------------------------------------------------------- memory
 # Options of glibc's mallopt, numbered as in malloc.h: no block comes from mmap, and freed ones stay with the
-# process. Else steps return the memory of their tensors and ask for it again, page by page: 6 % of the time
-# of the default network's step (median of five pairs of 40 steps, one thread).
+# process. Else steps return the memory of their tensors and ask for it again, page by page. How much time
+# that takes depends on the kernel: 6 % of the default network's step in one set of pairs, none in another.
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2 ** 31 - 1), "M_TOP_PAD": (-2, 2 ** 28), "M_MMAP_MAX": (-4, 0),
            "M_ARENA_MAX": (-8, 1)}
 
