@@ -3,7 +3,6 @@
 The state dict of `Twist` has the names and shapes of the released network (arXiv 2110.07402).
 """
 
-import math
 from collections import OrderedDict
 
 import torch
@@ -25,88 +24,78 @@ ARCHS = ("resnet8", "resnet8_2x2", "resnet8w2_2x2", "resnet18", "resnet34", "res
 class _Normalize(torch.autograd.Function):
     """y = weight * (x - mean) / sqrt(var + eps) + bias; mean and var over images, pixels and processes.
 
-    x: [N, C, ...], or with channel=3 [views, bunches, images, C, ...], where each bunch has statistics of its
-    own. weight, bias: [C] or None. group: the processes that share the statistics, or None. They may hold
-    different numbers of rows, none included. The gradient is exact: it goes through mean and var, across
-    processes as well. Those of weight and bias are this process's.
-    Returns (y, statistics [2, C]): mean and unbiased variance, the means over this process's bunches.
+    x: [N, C, ...]. weight, bias: [C] or None. group: the processes that share the statistics, or None. They
+    may hold different numbers of rows, none included. The gradient is exact: it goes through mean and var,
+    across processes as well. Those of weight and bias are this process's.
+    Returns (y, statistics [2, C]): mean and unbiased variance.
 
-    On CUDA each pass over x is one kernel, of those that nn.SyncBatchNorm calls, and a half-precision x stays
-    as it is. nn.SyncBatchNorm itself waits for the device in each layer, to leave empty processes out.
+    Each pass over x is one kernel: on CUDA of those that nn.SyncBatchNorm calls, where a half-precision x
+    stays as it is, on a CPU of those for given statistics. nn.SyncBatchNorm itself waits for the device in
+    each layer, to leave empty processes out.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, channel, eps, group):
-        dims = [axis for axis in range(x.dim()) if axis not in (1, channel)]
-        count = math.prod(x.shape[axis] for axis in dims)
-        kept = [1] * x.dim()             # the shape of mean and var
-        kept[1], kept[channel] = x.shape[1], x.shape[channel]
-        fused = has_kernels(x) and channel == 1
-        x = _dense(x) if fused else x
-        z = x if fused else raise_precision(x)
+    def forward(ctx, x, weight, bias, eps, group):
+        fused, count = has_kernels(x), x.numel() // x.shape[1]
+        x = _dense(x)
+        z = x if fused and count else raise_precision(x)
         if count == 0:                   # the others wait for this process's statistics, whatever they are
-            mean, spread = raise_precision(x).new_zeros(kept), raise_precision(x).new_ones(kept)
+            mean, spread = z.new_zeros(x.shape[1]), z.new_ones(x.shape[1])
         elif fused:
             mean, spread = torch.batch_norm_stats(z, eps)            # spread: 1 / sqrt(var + eps)
+        elif x.device.type == "cpu":     # 20 times as fast as var_mean, which MPS needs
+            mean, spread = torch.batch_norm_update_stats(z, None, None, 0.0)              # spread: var
         else:
-            spread, mean = torch.var_mean(z, dims, correction=0, keepdim=True)
+            spread, mean = torch.var_mean(z, [0, *range(2, z.dim())], correction=0)
 
         # The count goes with the statistics: no process needs to know it, so none waits for the device. No
         # rows count as 1e-20 of a row, which is lost beside those of others and spares a division by 0.
-        mine = torch.cat([mean.flatten(), spread.flatten(), mean.new_full((1,), count or 1e-20)])
+        mine = torch.cat([mean, spread, mean.new_full((1,), count or 1e-20)])
         everyone = mine[None] if group is None else all_gather(mine, group)
-        means, spreads, counts = everyone.split([mean.numel(), mean.numel(), 1], 1)          # [W, ...]
+        means, spreads, counts = everyone.split([len(mean), len(mean), 1], 1)                # [W, ...]
 
         if fused:
-            statistics = mean.new_zeros(2, x.shape[1])
-            mean, inv_std = torch.batch_norm_gather_stats_with_counts(
+            statistics = mean.new_zeros(2, len(mean))
+            mean, spread = torch.batch_norm_gather_stats_with_counts(
                 x, means, spreads, *statistics, 1.0, eps, counts.flatten())     # 1.0: replaces the zeros
-            y = torch.batch_norm_elemt(z, weight, bias, mean, inv_std, eps) if count else torch.empty_like(x)
+            y = torch.batch_norm_elemt(z, weight, bias, mean, spread, eps) if count else torch.empty_like(x)
         else:
             share, total = counts / counts.sum(), counts.sum()
             mean = (share * means).sum(0)
-            var = (share * (spreads + (means - mean) ** 2)).sum(0)   # E[x²] - E[x]² would cancel digits
-            by_bunch = torch.stack([mean, var]).view(2, -1, x.shape[channel]).mean(1)
-            statistics = torch.stack([by_bunch[0], by_bunch[1] * total / (total - 1)])
-            mean, inv_std = mean.view(kept), (var + eps).rsqrt().view(kept)
-            y = (z - mean) * inv_std
-            if weight is not None:
-                y = torch.addcmul(_per_channel(bias, x, channel), y, _per_channel(weight, x, channel))
-            y = y.to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, inv_std, counts)
-        ctx.dims, ctx.channel, ctx.fused, ctx.group = dims, channel, fused, group
+            spread = (share * (spreads + (means - mean) ** 2)).sum(0)     # E[x²] - E[x]² would cancel digits
+            statistics = torch.stack([mean, spread * total / (total - 1)])
+            y = _with_statistics(z, weight, bias, mean, spread, eps).to(x.dtype) if count else x.clone()
+        ctx.save_for_backward(x, weight, mean, spread, counts)
+        ctx.fused, ctx.eps, ctx.group = fused, eps, group
         ctx.mark_non_differentiable(statistics)
         return y, statistics
 
     @staticmethod
     def backward(ctx, dy, _statistics):
-        x, weight, mean, inv_std, counts = ctx.saved_tensors
-        affine, has_rows = weight is not None, x.numel() > 0
-        d_weight = d_bias = None
-        if ctx.fused and has_rows:       # sums of dy and of dy * (x - mean)
-            dy = _dense(dy)
-            *sums, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, inv_std, weight, True,
+        x, weight, mean, spread, counts = ctx.saved_tensors
+        affine, has_rows, dy = weight is not None, x.numel() > 0, _dense(dy)
+        d_weight, d_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+        if not has_rows:
+            sums = mean.new_zeros(2, len(mean))
+        elif ctx.fused:                  # sums of dy and of dy * (x - mean)
+            *sums, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, spread, weight, True,
                                                                        affine, affine)
             sums = torch.stack(sums)
-        elif ctx.fused:
-            sums = mean.new_zeros(2, len(mean))
-        else:                            # sums of dy and of dy * y
-            dy_z, y = raise_precision(dy), (raise_precision(x) - mean) * inv_std
-            sums = torch.stack([dy_z.sum(ctx.dims, keepdim=True), (dy_z * y).sum(ctx.dims, keepdim=True)])
-        if affine and d_weight is None:
-            d_bias, d_weight = sums.view(2, -1, len(weight)).sum(1)
-        if not affine:
-            d_weight = d_bias = None
+        else:                            # as if the statistics were constant; sums of dy and of dy * y
+            z, scale = raise_precision(x), torch.ones_like(mean) if weight is None else weight
+            dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                raise_precision(dy), z, scale, mean, spread, None, None, False, ctx.eps, [True] * 3)
+            sums = torch.stack([d_bias, d_weight])
         if ctx.group is not None:        # the loss of every process depends on this process's statistics
             dist.all_reduce(sums, group=ctx.group)
-        if ctx.fused:
-            dx = torch.batch_norm_backward_elemt(dy, x, mean, inv_std, weight, *sums,
-                                                 counts.flatten().int()) if has_rows else dy
+        if not has_rows:
+            dx = dy
+        elif ctx.fused:
+            dx = torch.batch_norm_backward_elemt(dy, x, mean, spread, weight, *sums, counts.flatten().int())
         else:
-            means = sums / counts.sum()
-            dx = inv_std * (dy_z - means[0] - y * means[1])
-            dx = (dx * _per_channel(weight, x, ctx.channel) if affine else dx).to(x.dtype)
-        return dx, d_weight, d_bias, None, None, None
+            of_bias, of_weight = -scale * (spread + ctx.eps).rsqrt() * sums / counts.sum()
+            dx = (dx + _with_statistics(z, of_weight, of_bias, mean, spread, ctx.eps)).to(x.dtype)
+        return dx, *((d_weight, d_bias) if affine else (None, None)), None, None
 
 
 def has_kernels(x):
@@ -114,16 +103,14 @@ def has_kernels(x):
     return x.is_cuda
 
 
+def _with_statistics(x, weight, bias, mean, var, eps):
+    """weight * (x - mean) / sqrt(var + eps) + bias, in one pass over x."""
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
 def _dense(x):
-    """x as the fused kernels need it: without gaps, channels last or first."""
+    """x as these kernels need it: without gaps, channels last or first."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _per_channel(values, x, channel):
-    """Values [C] in the shape that is broadcast along axis `channel` of x."""
-    shape = [1] * x.dim()
-    shape[channel] = -1
-    return values.view(shape)
 
 
 def bunch_layout(bunch_size, images, world_size):
@@ -182,19 +169,24 @@ class BatchNorm(nn.Module):
                                 self.momentum, self.eps)
 
         bunches, processes = bunch_layout(self.bunch_size, images, world_size)
-        by_bunch, channel = x, 1
-        if bunches > 1:                  # [views, bunches, images, C, ...]
-            by_bunch, channel = x.view(num_views, bunches, -1, *x.shape[1:]), 3
+        by_bunch, weight, bias = x, self.weight, self.bias
+        if bunches > 1:                  # the C channels of each bunch apart: [N / bunches, bunches · C, ...]
+            by_bunch = x.view(num_views, bunches, -1, *x.shape[1:]).transpose(1, 2)
+            by_bunch = by_bunch.flatten(2, 3).flatten(0, 1)
+            if weight is not None:
+                weight, bias = weight.repeat(bunches), bias.repeat(bunches)
         with torch.autocast(x.device.type, enabled=False):       # statistics need float32 at least
-            y, statistics = _Normalize.apply(by_bunch, self.weight, self.bias, channel, self.eps,
-                                             self._group(processes))
+            y, statistics = _Normalize.apply(by_bunch, weight, bias, self.eps, self._group(processes))
+        statistics = statistics.view(2, bunches, -1).mean(1)
         if processes < world_size:                               # other processes have other bunches
             dist.all_reduce(statistics)
             statistics /= world_size
         running = [self.running_mean, self.running_var]
         torch._foreach_lerp_(running, list(statistics.to(self.running_mean)), self.momentum)
         self.num_batches_tracked += 1
-        return y if bunches == 1 else y.view(x.shape)    # a view would make a ReLU in place copy its gradient
+        if bunches == 1:
+            return y                     # a view would make a ReLU in place copy its gradient
+        return y.view(num_views, -1, bunches, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
 def synchronize_batch_norms(module):
