@@ -1,4 +1,4 @@
-"""Checks and measures this project on a machine with one CUDA GPU, in under six minutes.
+"""Checks and measures this project on a machine with one CUDA GPU, in about six minutes. None has run it yet.
 
     make test-gpu
     python benchmarks/gpu.py --only parity stages        two of the parts
@@ -51,6 +51,9 @@ STAGES = {
     "lincls": f"lincls.py {FAKE} --checkpoint {NETWORK}",
     "semisup": f"semisup.py {FAKE} --checkpoint {NETWORK} --label-fraction 1",
     "finetune": f"finetune.py --data fake --checkpoint {NETWORK} --batch-size 128 --steps 20",
+    "segment": f"segment.py --checkpoint {NETWORK} --num-scenes 64 16 --steps 20",
+    "detect": f"detect.py --checkpoint {NETWORK} --num-scenes 64 16 --steps 20",
+    "detect with masks": f"detect.py --checkpoint {NETWORK} --neck fpn --masks --num-scenes 64 16 --steps 20",
 }
 EVALUATIONS = {
     "knn": f"knn.py --data fake --checkpoint {NETWORK}",
