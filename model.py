@@ -74,9 +74,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, dy, _statistics):
         x, weight, mean, spread, counts = ctx.saved_tensors
         affine, has_rows, dy = weight is not None, x.numel() > 0, _dense(dy)
-        d_weight, d_bias = torch.zeros_like(mean), torch.zeros_like(mean)
         if not has_rows:
             sums = mean.new_zeros(2, len(mean))
+            d_bias, d_weight = sums.clone()
         elif ctx.fused:                  # sums of dy and of dy * (x - mean)
             *sums, d_weight, d_bias = torch.batch_norm_backward_reduce(dy, x, mean, spread, weight, True,
                                                                        affine, affine)
@@ -177,7 +177,8 @@ class BatchNorm(nn.Module):
                 weight, bias = weight.repeat(bunches), bias.repeat(bunches)
         with torch.autocast(x.device.type, enabled=False):       # statistics need float32 at least
             y, statistics = _Normalize.apply(by_bunch, weight, bias, self.eps, self._group(processes))
-        statistics = statistics.view(2, bunches, -1).mean(1)
+        if bunches > 1:
+            statistics = statistics.view(2, bunches, -1).mean(1)
         if processes < world_size:                               # other processes have other bunches
             dist.all_reduce(statistics)
             statistics /= world_size

@@ -146,7 +146,8 @@ class Views(nn.Module):
             for u in uniforms[first:end, whole]:
                 plans.append([(view.resize, list(view.draw_crop(u, *packed["sizes"].T).values()))])
         for [(resize, drawn)], large in zip(send(plans, device), packed["crops"], strict=True):
-            both = torch.cat([resize(pictures, *drawn), to_unit(large, device)])
+            large = large.to(device, non_blocking=True).float() / 255
+            both = torch.cat([resize(pictures, *drawn), large])
             crops.append(both.index_select(0, place))
         return crops
 
@@ -170,17 +171,12 @@ class Views(nn.Module):
         for run, plan in zip(self.runs, send(plans, device), strict=True):
             start, end = run[0][1], run[-1][2]
             if is_cut:
-                crops = [to_unit(crop, device) for crop in images[start:end]]
-                x = torch.cat(crops)
+                x = torch.cat([crop.to(device, non_blocking=True) for crop in images[start:end]])
+                x = x if x.is_floating_point() else x.float() / 255
             else:
                 x = images.repeat(end - start, 1, 1, 1)
             inputs += run[0][0].make(x, plan).chunk(end - start)
         return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-
-
-def to_unit(crops, device):
-    """Crops on `device` as numbers from 0 to 1, if they are still bytes."""
-    return crops if crops.is_floating_point() else crops.to(device, non_blocking=True).float() / 255
 
 
 def _input_size(group):
