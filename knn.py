@@ -71,7 +71,9 @@ def features_of(part, backbone, config, device, batch_size, workers):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = part.subset(slice(rank, None, world_size))
     rows = extract_features(backbone, eval_batches(mine, config, device, batch_size, workers))
-    return gather(rows.to(device), part, world_size).cpu()
+    if world_size > 1:                   # NCCL takes no tensors of the CPU
+        rows = rows.to(device)
+    return gather(rows, part, world_size).cpu()
 
 
 def nearest_neighbours(train_features, features, k, chunk=1024, train_chunk=32768):

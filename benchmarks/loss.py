@@ -6,7 +6,6 @@ Forward and backward with 2 global and 12 local views, batch 64, 4096 classes. T
 First it compares values and gradients, then time, memory kept for backward, and the cost of twice the views.
 """
 
-import ctypes
 import platform
 import statistics
 import sys
@@ -17,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cli import keep_memory  # noqa: E402
 from loss import twist_loss  # noqa: E402
 
 V, B, C, REPEATS = 14, 64, 4096, 15
@@ -40,16 +40,6 @@ def pair_by_pair(logits, alpha=1.0, beta=1.0, eps=1e-5, tau=1.0, num_global=2):
             diversity = 0.5 * (entropy(q1.mean(0)) + entropy(q2.mean(0)))
             total, num_pairs = total + consistency + alpha * sharpness - beta * diversity, num_pairs + 1
     return total / num_pairs
-
-
-def keep_freed_memory():
-    """Lets the process keep what it frees, as CUDA's allocator does; returns whether the C library can.
-
-    Otherwise glibc gives large blocks back to the system, and page faults take up to half of the time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    most_mapped, trim_threshold = -4, -1                       # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    return bool(mallopt and mallopt(most_mapped, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def ours(logits):
@@ -84,9 +74,9 @@ def saved_bytes(function, logits):
 
 
 def main():
-    kept = "kept" if keep_freed_memory() else "returned to the system"
+    keep_memory()                            # as a stage does: page faults would take up to half of the time
     print(f"Python {platform.python_version()}, torch {torch.__version__}, CPU, "
-          f"{torch.get_num_threads()} threads; freed memory is {kept}; medians of {REPEATS}")
+          f"{torch.get_num_threads()} threads; medians of {REPEATS}")
     torch.manual_seed(0)
     logits, twice = (torch.randn(views, B, C).requires_grad_() for views in (V, 2 * V))
 

@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.loss import keep_freed_memory  # noqa: E402
 from benchmarks.views import per_sample_view  # noqa: E402
+from cli import keep_memory  # noqa: E402
 from data import PICTURES, Batches, build_dataset  # noqa: E402
 from views import VIEWS, build_views  # noqa: E402
 
@@ -81,10 +81,9 @@ def seconds(iterable):
 
 def main():
     torch.set_num_threads(1)
-    memory = "kept" if keep_freed_memory() else "returned to the system"
+    keep_memory()                            # as a stage does
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
-    print(f"Python {platform.python_version()}, {versions}, CPU, 1 thread; freed memory is "
-          f"{memory}\n{IMAGES} JPEG files of 500 × 375, "
+    print(f"Python {platform.python_version()}, {versions}, CPU, 1 thread\n{IMAGES} JPEG files of 500 × 375, "
           f"2 × {SIZE} + {NUM_LOCAL} × {LOCAL_SIZE} views, batches of {BATCH}; medians of {ROUNDS} rounds",
           flush=True)
     with tempfile.TemporaryDirectory() as root:

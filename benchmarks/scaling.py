@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.loss import keep_freed_memory, saved_bytes  # noqa: E402
+from benchmarks.loss import saved_bytes  # noqa: E402
+from cli import keep_memory  # noqa: E402
 from loss import twist_loss  # noqa: E402
 from model import Twist  # noqa: E402
 from optim import param_groups  # noqa: E402
@@ -136,9 +137,9 @@ def compare_processes():
 
 def main():
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    memory = "kept" if keep_freed_memory() else "returned to the system"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPUs{load}; "
-          f"freed memory is {memory}; medians of {ROUNDS} rounds", flush=True)
+          f"medians of {ROUNDS} rounds", flush=True)
+    keep_memory()                            # as a stage does
     torch.set_num_threads(1)
     for name, sizes in SIZES.items():
         grow(name, sizes)
