@@ -81,9 +81,9 @@ def get_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", default="adamw", choices=("lars", "adamw", "sgd"), help="update rule")
     add("--epochs", type=at_least(1), default=4, help="passes over the data")
-    add("--restarts", type=at_least(1), default=3,
-        help="networks that begin; the one with the lowest loss after 5/8 of its schedule goes on; "
-        "1: a plain run")
+    add("--restarts", type=at_least(1), default=4,
+        help="networks that begin; after 3/8 of its schedule the one that agrees most with the others goes "
+        "on; 1: a plain run")
     add("--batch-size", type=at_least(2), default=128, help="images in a step, of all processes together")
     add("--lr", type=at_least(0, float), default=2e-3,
         help="peak learning rate for batch size 256; scaled linearly for others")

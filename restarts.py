@@ -1,7 +1,8 @@
-"""Label-free restarts: several networks begin, and the one with the lowest loss goes on.
+"""Label-free restarts: several networks begin, and the one whose classes the others confirm goes on.
 
-Classes settle early, and not always well: one kind of image may fill two classes while two share one. TWIST's
-loss is higher there, so it tells good beginnings from bad ones without labels.
+Classes settle early, and not always well: one kind of image may fill two classes while two share one. Good
+networks find nearly the same classes; bad ones differ from them and from each other. So agreement tells them
+apart without labels. The loss does so less often: some bad classes have a lower one.
 """
 
 import copy
@@ -9,32 +10,33 @@ import copy
 import torch
 import torch.distributed as dist
 
+from checkpoint import UserError
+from cluster_eval import evaluate
 from data import Batches
-from loss import twist_loss
+from loss import all_gather, twist_loss
 from model import build_network, zero_init_residual
 from optim import load_optimizer
 
 
 class Restarts:
-    """Of `args.restarts` candidates, the best after 5/8 of the schedule takes the rest of it.
+    """Of `args.restarts` candidates, the best after 3/8 of the schedule takes the rest of it.
 
         restarts = Restarts(args, config, batches, total_steps, device, model, teacher, optimizer)
         run.track(..., restarts=restarts)                # a resumed run knows the best one so far
         for _ in run.steps():
             step = restarts.begin(run)                   # of the schedule, which has restarts.schedule_steps
 
-    The run has as many steps as without restarts, so its schedule is shorter: for 3 candidates 4/9 of them.
-    Earlier than at 5/8, say at 1/2, a good network may still have a higher loss than a bad one.
+    The run has as many steps as without restarts, so its schedule is shorter: for 4 candidates 8/17 of them.
     """
 
     def __init__(self, args, config, batches, total_steps, device, model, teacher, optimizer):
         self.args, self.config, self.batches, self.device = args, config, batches, device
         self.count = args.restarts
-        self.trial = 5 * total_steps // (5 * self.count + 3)        # steps of a candidate
+        self.trial = 3 * total_steps // (3 * self.count + 5)        # steps of a candidate
         self.schedule_steps = total_steps - (self.count - 1) * self.trial
         self.networks = [model] if teacher is None else [model, teacher]
         self.optimizer = optimizer
-        self.best = {}                                   # of the candidates that have ended
+        self.ended = []                                  # of each: loss, classes of images, states
 
     def begin(self, run):
         """The step of the schedule that the run's step is. Where a candidate ends, the parts change."""
@@ -42,7 +44,7 @@ class Restarts:
             return run.step
         ended, rest = divmod(run.step, self.trial)       # candidates that have ended, steps since then
         if rest == 0 and 0 < ended <= self.count:
-            self.compare(ended, run)
+            self.keep(ended, run)
             if ended < self.count:
                 self.begin_anew(ended)
             else:
@@ -60,39 +62,54 @@ class Restarts:
             network.load_state_dict(new.state_dict())
         self.optimizer.state.clear()
 
-    def compare(self, number, run):
-        """Remembers the candidate that has just ended if its loss is the lowest so far."""
-        # copied first, because the loss moves the running statistics
+    def keep(self, number, run):
+        """Remembers the candidate that has just ended."""
+        # copied first, because `classify` moves the running statistics
         states = copy.deepcopy([part.state_dict() for part in (*self.networks, self.optimizer)])
-        loss = loss_on_fresh_views(self.networks[0], self.batches, self.args, self.device)
+        loss, classes = classify(self.networks[0], self.batches, self.args, self.device)
         run.say(f"candidate {number} of {self.count}: loss {loss:.4f} on fresh views")
         run.write(dict(step=run.step, candidate=number, fresh_views_loss=loss))
-        if not self.best or loss < self.best["loss"]:
-            self.best = dict(number=number, loss=loss, states=states)
+        self.ended.append(dict(loss=loss, classes=classes, states=states))
 
     def go_on(self, run):
-        """Returns to the best candidate."""
-        run.say(f"candidate {self.best['number']} goes on")
-        run.write(dict(step=run.step, chosen=self.best["number"]))
-        *states, optimizer_state = self.best["states"]
+        """Returns to the candidate that agrees most with the others; of equals, to that with the lowest loss."""
+        shares = agreement([candidate["classes"] for candidate in self.ended])
+        best = max(range(self.count), key=lambda i: (shares[i], -self.ended[i]["loss"]))
+        run.say("agreement with the others {}: candidate {} goes on".format(
+            " ".join(f"{share:.3f}" for share in shares), best + 1))
+        run.write(dict(step=run.step, agreement=shares, chosen=best + 1))
+        *states, optimizer_state = self.ended[best]["states"]
         for network, state in zip(self.networks, states, strict=True):
             network.load_state_dict(state)
         load_optimizer(self.optimizer, optimizer_state)
-        self.best = {}
+        self.ended = []
 
     def state_dict(self):
-        return self.best
+        return self.ended
 
     def load_state_dict(self, state):
-        self.best = state
+        if state and not isinstance(state, list):        # version 0.7.0 kept only the best one
+            raise UserError("--resume: this run's candidates are of version 0.7.0 or older; go on with that "
+                            "version, or --overwrite starts anew")
+        self.ended = list(state)
+
+
+def agreement(classes):
+    """For each of n networks the mean over the others of the share of images that both put into one class.
+
+    classes: n tensors [N] of ids. Networks number their classes differently; cluster_eval.evaluate matches
+    them one to one, as it does clusters and true classes. Returns n numbers from 0 to 1.
+    """
+    shares = [[evaluate(a.numpy(), b.numpy())["acc"] for b in classes] for a in classes]
+    return [(sum(row) - 1) / (len(classes) - 1) for row in shares]         # without that with itself, 1
 
 
 @torch.no_grad()
-def loss_on_fresh_views(model, batches, args, device, num_images=2048):
-    """TWIST's loss of two views of each image, which the model is not trained on, a number.
+def classify(model, batches, args, device, num_images=2048):
+    """(TWIST's loss, classes [N]) of two views of each image, which the model is not trained on.
 
-    The model stays in training mode, since running statistics lag behind after a few steps. Under DDP each
-    rank takes its share, and all get the same number.
+    The loss is a number; the class is that of the mean of both views. The model stays in training mode, since
+    running statistics lag behind after a few steps. Under DDP each rank takes its share, and all get the same.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     views = batches.views
@@ -102,4 +119,8 @@ def loss_on_fresh_views(model, batches, args, device, num_images=2048):
     for step in range(max(1, min(num_images, len(batches.dataset)) // args.batch_size)):
         images, uniforms, _ = fresh[step]
         logits.append(model(views(images, uniforms, device)[:2]))                 # [2, B, C]
-    return twist_loss(torch.cat(logits, 1), args.alpha, args.beta, args.eps).total.item()
+    logits = torch.cat(logits, 1)                                                 # [2, N, C]
+    classes = logits.softmax(-1).mean(0).argmax(-1)
+    if world_size > 1:
+        classes = all_gather(classes).flatten()
+    return twist_loss(logits, args.alpha, args.beta, args.eps).total.item(), classes.cpu()

@@ -43,10 +43,10 @@ VIEWS = {                        # published recipes: first global crop, second,
                   dict(scale=(0.05, 0.14), jitter=JITTER, gray=0.2, blur=0.5)),
     "seed": (dict(scale=(0.14, 1), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),) * 2 + (
         dict(scale=(0.05, 0.14), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2, blur=0.5),),
-    # Not published: for gray images of 28 × 28, strong contrast instead of colours and no blur. The crops are
+    # Not published: for gray images of 28 × 28, strong light instead of colours and no blur. The crops are
     # large, because in a small one a shirt passes for a bag.
-    "fashion-mnist": (dict(scale=(0.55, 1), jitter=(0.8, 0.8, 0, 0), jitter_each=True),) * 2 + (
-        dict(scale=(0.1, 0.4), jitter=(0.8, 0.8, 0, 0), jitter_each=True),),
+    "fashion-mnist": (dict(scale=(0.55, 1), jitter=(0.8, 0.4, 0, 0), jitter_each=True),) * 2 + (
+        dict(scale=(0.1, 0.4), jitter=(0.8, 0.4, 0, 0), jitter_each=True),),
 }
 VIEWS["mnist"] = tuple(view | dict(flip=0) for view in VIEWS["fashion-mnist"])    # a mirrored digit is none
 

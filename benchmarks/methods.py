@@ -1,17 +1,25 @@
 """Fashion-MNIST: TWIST compared with other methods, with the same backbone, views and number of steps.
 
     pip install --no-deps lightly==1.6.0        losses of SimCLR and VICReg; they need no other package
-    python benchmarks/methods.py                about 20 minutes per seed; the same command resumes
-    python benchmarks/methods.py --methods TWIST "Barlow Twins" --seeds 0
+    python benchmarks/methods.py                about 25 minutes per seed, and before them 40 of choosing
+    python benchmarks/methods.py --methods "TWIST, features" SimCLR --seeds 0
+
+Each method's settings are chosen by one protocol, an axis after the other: crop area, learning rate, then
+those of its own. A setting trains for one epoch with seed 0; the criterion is 20-NN accuracy of 10,000
+training images against the other 50,000. With the best, a method trains for four epochs with each seed.
+"TWIST" is the default run, whose settings are as they are.
 
 ACC: predicted classes of the 10,000 test images, matched to the true ones. The predictions are those of
 TWIST's head, or of k-means on the L2-normalised features of the training images (10 clusters, best of 10
 starts), which any backbone has. 20-NN, linear: as in fashion_mnist.py. Minutes: training and its start-up.
-SEED: a larger network, pre-trained by TWIST, teaches a resnet8. The other rows have no teacher.
+SEED: a larger network, pre-trained by TWIST with the same seed, teaches. The other rows have no teacher.
+
+Each run is a line of OUTPUT_DIR/METHOD.csv, so that the same command goes on, and commands for different
+methods may run side by side.
 """
 
 import argparse
-import json
+import csv
 import subprocess
 import sys
 import time
@@ -26,10 +34,10 @@ from sklearn.cluster import KMeans
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from fashion_mnist import knn_accuracy, linear_accuracy  # noqa: E402
+from fashion_mnist import knn_accuracy, linear_accuracy, write_csv  # noqa: E402
 
 import pretrain  # noqa: E402
-from checkpoint import UserError, write_atomically  # noqa: E402
+from checkpoint import UserError  # noqa: E402
 from cli import launch, parse_args  # noqa: E402
 from cluster_eval import evaluate, predict  # noqa: E402
 from data import Batches, build_dataset, eval_batches, input_of  # noqa: E402
@@ -39,23 +47,27 @@ from optim import param_groups, warmup_cosine  # noqa: E402
 from pretrained import load_pretrained, load_twist  # noqa: E402
 from views import build_views  # noqa: E402
 
-# What all methods share: 936 steps, crops of 40 to 100 %. It was the default run of pretrain.py until 0.2.0.
-SAME = "--epochs 2 --image-size 28 --min-scale 0.4 --restarts 1".split()
-COMMANDS = {      # methods that a stage trains, by the command that a user types
-    "TWIST": ["pretrain.py", *SAME, "--lr", "0.004", "--knn-every", "0"],
-    "Barlow Twins": ["barlow.py", "@recipes/fashion_mnist_barlow.txt", "--knn-every", "0"],
-    "SEED teacher": ["pretrain.py", "@recipes/fashion_mnist_teacher.txt", "--knn-every", "0"],
-    "SEED student": ["distill.py", "@recipes/fashion_mnist_seed.txt"],
+SAME = ["--image-size", "20", "--batch-size", "128"]
+AREAS = ["0.4", "0.55", "0.7"]       # smallest share of a picture that a crop shows
+# name: (a stage's command, or lightly's loss with its arguments and the projector's widths; axes of settings)
+METHODS = {
+    "TWIST": (["pretrain.py"], {}),
+    "TWIST, features": (["pretrain.py", "--restarts", "1"],
+                        {"min-scale": AREAS, "lr": ["0.002", "0.004", "0.008"],
+                         "num-classes": ["10", "30", "100"]}),
+    "Barlow Twins": (["barlow.py", "@recipes/fashion_mnist_barlow.txt"],
+                     {"min-scale": AREAS, "lr": ["0.004", "0.008", "0.016"],
+                      "lambd": ["0.0025", "0.0051", "0.01"]}),
+    "SimCLR": (("NTXentLoss", dict(temperature=0.1), (512, 128)),
+               {"min-scale": AREAS, "lr": ["0.002", "0.004", "0.008"]}),
+    "VICReg": (("VICRegLoss", dict(), (512, 512, 512)),
+               {"min-scale": AREAS, "lr": ["0.008", "0.016", "0.032"]}),
+    "SEED teacher": (["pretrain.py", "@recipes/fashion_mnist_teacher.txt"], {}),
+    "SEED": (["distill.py", "@recipes/fashion_mnist_seed.txt"],
+             {"min-scale": AREAS, "lr": ["0.002", "0.004", "0.008"]}),
 }
-# Methods that `train` trains: lightly's loss, its arguments, widths of the projector, peak learning rate.
-# Each is the best of four by 20-NN of 10,000 training images against the other 50,000, after one epoch with
-# seed 0. SimCLR: T = 0.1 gave 0.847; T = 0.2 gave 0.844, also at a rate of 4e-3; T = 0.5 gave 0.836. VICReg:
-# 512 wide gave 0.847, at 4e-3 0.846 and at 2e-3 0.842; 1024 wide at 2e-3 gave 0.841. The settings of Barlow
-# Twins are in its recipe.
-LOOPS = {
-    "SimCLR": ("NTXentLoss", dict(temperature=0.1), (512, 128), 2e-3),
-    "VICReg": ("VICRegLoss", dict(), (512, 512, 512), 8e-3),
-}
+SCORES = ("held_out", "acc", "kmeans_acc", "knn", "linear", "minutes")
+COLUMNS = ("method", "settings", "epochs", "seed", *SCORES)
 
 
 def lightly_loss(name, arguments):
@@ -76,26 +88,27 @@ def projector(width, *widths):
     return nn.Sequential(*layers[:-2])
 
 
-def train(loss_function, widths, lr, dataset, args, seed):
+def train(loss_function, widths, dataset, args):
     """Trains a backbone by the loop of pretrain.py without its Run; returns it.
 
     loss_function(z1, z2): of two views' embeddings, each [B, D]. widths: of the projector. args: the flags of
-    pretrain.py. lr: peak learning rate, not scaled by the batch size.
+    pretrain.py.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch)
     network = nn.Sequential(backbone, projector(backbone.feature_dim, *widths))
     network.to(memory_format=torch.channels_last)
     size, mean, std = input_of(vars(args))
     views = build_views("fashion-mnist", mean, std, size, min_scale=args.min_scale)
-    batches = Batches(dataset, args.batch_size, views, seed)
+    batches = Batches(dataset, args.batch_size, views, args.seed)
     optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay), lr=0.0,
                                   betas=(args.momentum, args.beta2))
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
+    peak_lr = args.lr * args.batch_size / 256
     for step in range(total_steps):
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, total_steps, warmup_steps, lr, 0.001 * lr)
+            group["lr"] = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
         images, uniforms, _ = batches[step]
         z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
         loss = loss_function(z1, z2)
@@ -107,30 +120,53 @@ def train(loss_function, widths, lr, dataset, args, seed):
     return backbone
 
 
-def trained(method, seed, train_set, folder):
-    """Trains a method with a seed: (backbone, its configuration, the Twist if it has ten classes or None)."""
-    if method in LOOPS:
-        name, arguments, widths, lr = LOOPS[method]
-        args = parse_args(pretrain.get_parser(), SAME)
-        return train(lightly_loss(name, arguments), widths, lr, train_set, args, seed), vars(args), None
-    out = {name: folder / f"{name}_{seed}".replace(" ", "_") for name in COMMANDS}
-    command = [sys.executable, *COMMANDS[method], "--seed", str(seed), "--output-dir", str(out[method])]
-    if method == "SEED student":
-        command += ["--teacher", str(out["SEED teacher"] / "checkpoint.pth")]
-    subprocess.run(command, cwd=ROOT, check=True)
-    path = out[method] / "checkpoint.pth"
-    backbone, config = load_pretrained(path)
-    has_classes = config.get("loss", "twist") == "twist" and config["num_classes"] == 10
-    return backbone, config, load_twist(path)[0] if has_classes else None
+def trained(method, settings, epochs, seed, train_set, folder):
+    """Trains a method: (backbone, its configuration, the Twist if it has ten classes, else None)."""
+    how = METHODS[method][0]
+    flags = [*SAME, "--epochs", str(epochs), "--seed", str(seed)]
+    flags += [text for name, value in settings.items() for text in (f"--{name}", value)]
+    if isinstance(how, tuple):
+        name, arguments, widths = how
+        args = parse_args(pretrain.get_parser(), flags)
+        return train(lightly_loss(name, arguments), widths, train_set, args), vars(args), None
+    if method == "SEED":
+        flags += ["--teacher", str(place(folder, *teacher_of(seed)) / "checkpoint.pth")]
+    else:
+        flags += ["--knn-every", "0"]
+    out = place(folder, method, settings, epochs, seed)
+    subprocess.run([sys.executable, *how, *flags, "--output-dir", str(out)], cwd=ROOT, check=True)
+    backbone, config = load_pretrained(out / "checkpoint.pth")
+    has_classes = config.get("loss") == "twist" and config["num_classes"] == 10
+    return backbone, config, load_twist(out / "checkpoint.pth")[0] if has_classes else None
 
 
-def result(method, seed, train_set, test_set, folder):
-    """Trains one method with one seed and scores its backbone."""
+def place(folder, method, settings, epochs, seed):
+    """The output folder of a run."""
+    words = [method, *(f"{name} {value}" for name, value in settings.items()), f"{epochs} epochs", seed]
+    return folder / "_".join(map(str, words)).replace(" ", "_").replace(",", "")
+
+
+def teacher_of(seed):
+    """The run that teaches SEED: method, settings, epochs, seed."""
+    return "SEED teacher", {}, 2, seed
+
+
+def result(method, settings, epochs, seed, parts, folder, final):
+    """Trains a method and scores its backbone: a line of the table, or of the choice of settings."""
+    train_set, test_set = parts
+    if method == "SEED":                     # a teacher that is there already is not trained again
+        trained(*teacher_of(seed), train_set, folder)
     start = time.time()
-    backbone, config, twist = trained(method, seed, train_set, folder)
-    row = dict(method=method, seed=seed, minutes=(time.time() - start) / 60)
-    features, test_features = (extract_features(backbone, eval_batches(part, config, "cpu"))
-                               for part in (train_set, test_set))                 # [N, feature_dim]
+    backbone, config, twist = trained(method, settings, epochs, seed, train_set, folder)
+    row = dict(method=method, settings=words(settings), epochs=epochs, seed=seed,
+               minutes=(time.time() - start) / 60)
+    features = extract_features(backbone, eval_batches(train_set, config, "cpu"))        # [N, feature_dim]
+    bank, held_out = slice(50_000), slice(50_000, None)
+    row["held_out"] = knn_accuracy(features[bank], train_set.subset(bank),
+                                   features[held_out], train_set.subset(held_out))
+    if not final:
+        return row
+    test_features = extract_features(backbone, eval_batches(test_set, config, "cpu"))
     labels = test_set.labels.numpy()
     if twist is not None:
         _, probabilities = predict(twist, eval_batches(test_set, config, "cpu"))
@@ -143,40 +179,71 @@ def result(method, seed, train_set, test_set, folder):
     return row
 
 
+def words(settings):
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+
+class Results:
+    """The runs of a method, in OUTPUT_DIR/METHOD.csv; one that is there is not made again."""
+
+    def __init__(self, method, parts, folder):
+        self.method, self.parts, self.folder = method, parts, folder
+        self.path = folder / f"{method.replace(', ', '_').replace(' ', '_')}.csv"
+        self.rows = list(csv.DictReader(self.path.read_text().splitlines())) if self.path.exists() else []
+
+    def get(self, settings, epochs, seed, final=False):
+        """The row of a run; final: with all scores."""
+        for row in self.rows:
+            if (row["settings"], row["epochs"], row["seed"]) == (words(settings), str(epochs), str(seed)):
+                return row
+        row = result(self.method, settings, epochs, seed, self.parts, self.folder, final)
+        self.rows.append({name: str(value) for name, value in row.items()})
+        write_csv(self.path, self.rows, COLUMNS)
+        return self.rows[-1]
+
+    def choose(self, axes):
+        """The best settings, an axis after the other; what is not chosen yet has its middle value."""
+        chosen = {name: values[len(values) // 2] for name, values in axes.items()}
+        for name, values in axes.items():
+            scores = {value: float(self.get(chosen | {name: value}, 1, 0)["held_out"]) for value in values}
+            chosen[name] = max(scores, key=scores.get)
+        return chosen
+
+
 def table(results):
     """Prints one row per method: the mean of each column over the seeds, and (least to greatest)."""
-    print("| method | seeds | ACC | ACC, k-means | 20-NN | linear | minutes |\n" + "|---" * 7 + "|")
-    for method in sorted({r["method"] for r in results}, key=[*COMMANDS, *LOOPS].index):
-        rows = [r for r in results if r["method"] == method]
-        cells = [method, str(len(rows))]
-        for column, digits in dict(acc=3, kmeans_acc=3, knn=3, linear=3, minutes=1).items():
-            v = [r[column] for r in rows if column in r]
+    print("| method | settings | seeds | held-out 20-NN | ACC | ACC, k-means | 20-NN | linear | minutes |\n"
+          + "|---" * 9 + "|")
+    for method, rows in results.items():
+        cells = [method, f"`{rows[0]['settings']}`" if rows[0]["settings"] else "", str(len(rows))]
+        for column in SCORES:
+            v = [float(row[column]) for row in rows if row.get(column)]
+            digits = 1 if column == "minutes" else 3
             cells.append(f"{np.mean(v):.{digits}f} ({min(v):.{digits}f} to {max(v):.{digits}f})" if v else "")
         print("| " + " | ".join(cells) + " |")
 
 
 def get_parser():
-    methods = (*COMMANDS, *LOOPS)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--methods", nargs="+", default=list(methods), choices=methods, help="default: all")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
     parser.add_argument("--output-dir", default="runs/methods", help="default: runs/methods")
     return parser
 
 
 def main(args):
-    for method in set(args.methods) & set(LOOPS):
-        lightly_loss(*LOOPS[method][:2])                # fails now if it is missing, not after hours
+    for method in args.methods:
+        if isinstance(METHODS[method][0], tuple):
+            lightly_loss(*METHODS[method][0][:2])       # fails now if it is missing, not after hours
     folder = Path(args.output_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else []
-    train_set, test_set = build_dataset("fashion-mnist", "train"), build_dataset("fashion-mnist", "test")
-    for seed in args.seeds:
-        for method in args.methods:
-            if (method, seed) not in {(r["method"], r["seed"]) for r in results}:
-                results.append(result(method, seed, train_set, test_set, folder))
-                write_atomically(path, json.dumps(results).encode())
+    parts = build_dataset("fashion-mnist", "train"), build_dataset("fashion-mnist", "test")
+    results = {}
+    for method in args.methods:
+        found = Results(method, parts, folder)
+        settings = found.choose(METHODS[method][1])
+        epochs = 2 if method == "SEED teacher" else 4
+        results[method] = [found.get(settings, epochs, seed, final=True) for seed in args.seeds]
     table(results)
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {torch.get_num_threads()} threads")
 
