@@ -72,7 +72,7 @@ class Restarts:
         self.ended.append(dict(loss=loss, classes=classes, states=states))
 
     def go_on(self, run):
-        """Returns to the candidate that agrees most with the others; of equals, to that with the lowest loss."""
+        """Returns to the candidate that agrees most with the others; of equals, to the lowest loss."""
         shares = agreement([candidate["classes"] for candidate in self.ended])
         best = max(range(self.count), key=lambda i: (shares[i], -self.ended[i]["loss"]))
         run.say("agreement with the others {}: candidate {} goes on".format(
@@ -88,9 +88,9 @@ class Restarts:
         return self.ended
 
     def load_state_dict(self, state):
-        if state and not isinstance(state, list):        # version 0.7.0 kept only the best one
-            raise UserError("--resume: this run's candidates are of version 0.7.0 or older; go on with that "
-                            "version, or --overwrite starts anew")
+        if self.count > 1 and isinstance(state, dict):   # of 0.7.0, whose candidates took 5/8
+            raise UserError("--resume: the run's restarts are those of version 0.7.0 or older; go on with it, or "
+                            "start anew with --overwrite")
         self.ended = list(state)
 
 
@@ -109,7 +109,7 @@ def classify(model, batches, args, device, num_images=2048):
     """(TWIST's loss, classes [N]) of two views of each image, which the model is not trained on.
 
     The loss is a number; the class is that of the mean of both views. The model stays in training mode, since
-    running statistics lag behind after a few steps. Under DDP each rank takes its share, and all get the same.
+    running statistics lag behind after a few steps. Under DDP each rank takes its share; all get the same.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     views = batches.views

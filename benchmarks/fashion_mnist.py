@@ -1,7 +1,7 @@
 """Fashion-MNIST: every stage with several seeds, compared with raw pixels. The same command resumes.
 
-    python benchmarks/fashion_mnist.py                                 everything, about 150 runs
-    python benchmarks/fashion_mnist.py --recipes classes --seeds 10 11   the default run, 2 seeds, all roundings
+    python benchmarks/fashion_mnist.py                                everything, about 150 runs
+    python benchmarks/fashion_mnist.py --recipes classes --seeds 10   the default run, one seed, all roundings
 
 A run is a line of OUTPUT_DIR/results.csv. What finds classes runs with 10 seeds, 1 and 2 threads and each
 rounding of this CPU: ATEN_CPU_CAPABILITY makes PyTorch use the instructions of older ones, which round

@@ -1,4 +1,4 @@
-"""Restarts: candidates take 3/8 of the schedule each, and the one that agrees most with the others goes on."""
+"""Restarts: candidates take 3/8 of the schedule each; the one that agrees most with the others goes on."""
 
 import copy
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ ONE, OTHER, THIRD = [0, 0, 1, 1], [3, 3, 2, 2], [0, 1, 1, 1]        # ONE and OT
 
 
 @pytest.mark.parametrize(("found", "losses", "best"), [
-    ([ONE, THIRD, OTHER], [2, 1, 3], 1),                 # the first and the third agree; the lower loss of both
+    ([ONE, THIRD, OTHER], [2, 1, 3], 1),                 # the first and the third agree: the loss decides
     ([ONE, THIRD, OTHER], [3, 1, 2], 3),
     ([THIRD, ONE, OTHER], [1, 3, 2], 3),
     ([ONE, ONE, OTHER], [3, 1, 2], 2)])
@@ -173,12 +173,16 @@ def test_a_run_with_restarts_goes_on_with_the_best_candidate(tmp_path):
     assert final["restarts"] == []                       # the candidates are not kept
 
 
-def test_candidates_of_an_older_version_are_refused_and_its_finished_choices_are_not():
+@pytest.mark.parametrize("old", [{}, dict(number=1, loss=-0.9, states=[])])
+def test_restarts_of_an_older_version_are_refused_and_its_plain_runs_are_not(old):
+    """Their schedule was another one."""
     restarts = Restarts(ARGS, {}, None, 28, None, nn.Linear(1, 1), None, None)
-    with pytest.raises(UserError, match="--overwrite starts anew"):
-        restarts.load_state_dict(dict(number=1, loss=-0.9, states=[]))
-    restarts.load_state_dict({})
-    assert restarts.state_dict() == []
+    with pytest.raises(UserError, match="anew with --overwrite"):
+        restarts.load_state_dict(old)
+    args = SimpleNamespace(**vars(ARGS) | dict(restarts=1))
+    plain = Restarts(args, {}, None, 28, None, nn.Linear(1, 1), None, None)
+    plain.load_state_dict({})
+    assert plain.state_dict() == []
 
 
 @pytest.mark.slow
