@@ -89,8 +89,8 @@ class Restarts:
 
     def load_state_dict(self, state):
         if self.count > 1 and isinstance(state, dict):   # of 0.7.0, whose candidates took 5/8
-            raise UserError("--resume: the run's restarts are those of version 0.7.0 or older; go on with it, or "
-                            "start anew with --overwrite")
+            raise UserError("--resume: version 0.7.0 or older began this run, with other restarts; go on "
+                            "with that version, or start anew with --overwrite")
         self.ended = list(state)
 
 
