@@ -17,7 +17,8 @@ from sklearn import metrics as sk
 import cluster_eval
 import pictures
 from checkpoint import UserError, save_checkpoint
-from cluster_eval import evaluate, evaluate_with_noise, expected_mutual_information, silhouette
+from cluster_eval import evaluate, evaluate_with_noise
+from clusters import expected_mutual_information, silhouette
 from data import build_dataset
 from model import Twist, reestimate_batch_norms
 from pictures import caption, confusion_matrix, draw_confusion_matrix, draw_contact_sheet, draw_top3
@@ -531,6 +532,23 @@ def test_silhouette_and_batch_norms_in_the_command(start, tmp_path):
     line = f"silhouette {b['silhouette']:.4f} (cosine distance of backbone features)"
     assert "silhouette" not in a and line in out and a["nmi"] != b["nmi"]
     assert "batch-norm statistics are those of 300 training images" in out
+
+
+@pytest.mark.parametrize("flags", ["--silhouette", "--kmeans 5 --kmeans-starts 2"])
+def test_two_processes_equal_one(flags, checkpoint, tmp_path):
+    """To the bit: an image's row does not depend on its batch, if that is as large."""
+    for ranks in (1, 2):
+        run(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/{ranks} --device cpu "
+            f"--batch-size 64 --contact-sheets 0 --bn-images 100 {flags}", ranks=ranks)
+    for name in ("metrics.json", "assignments.csv"):
+        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+def test_two_processes_score_predictions_once(tmp_path):
+    (tmp_path / "theirs.csv").write_text("label,prediction\na,0\nb,1\n")
+    command = f"cluster_eval.py --predictions {tmp_path}/theirs.csv --output-dir {tmp_path}/out"
+    out, err = run(command, ranks=2)
+    assert out.count("ACC 1.0000") == 1 and not err and metrics_of(tmp_path / "out")["acc"] == 1
 
 
 def test_map_from_another_split(start, tmp_path):
