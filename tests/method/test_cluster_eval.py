@@ -3,7 +3,9 @@
 import csv
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -542,6 +544,19 @@ def test_two_processes_equal_one(flags, checkpoint, tmp_path):
             f"--batch-size 64 --contact-sheets 0 --bn-images 100 {flags}", ranks=ranks)
     for name in ("metrics.json", "assignments.csv"):
         assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+def die_before_the_rows_are_gathered():
+    import predictions
+    if os.environ["RANK"] == "1":
+        predictions.gather = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_process_ends_the_other_in_one_line(checkpoint, tmp_path):
+    _, err = run(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path} --device cpu", code=1,
+                 ranks=2, prepare=die_before_the_rows_are_gathered)
+    assert err.count("\n") == 1 and "rank 0: another process of this run died" in err
+    assert "; start it again" in err and not (tmp_path / "metrics.json").exists()
 
 
 def test_two_processes_score_predictions_once(tmp_path):

@@ -23,6 +23,7 @@ STAGES = {
     "lincls": ("--checkpoint {network} --batch-size 32", 175, 0),
     "semisup": ("--checkpoint {network} --batch-size 32 --label-fraction 1", 225, 0),
     "finetune": ("--checkpoint {network} --data fake --batch-size 32 --steps 9", 225, 0),
+    "segment": ("--checkpoint {network} --num-scenes 24 8 --batch-size 4 --steps 9", 300, 0),
 }
 
 
