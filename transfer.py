@@ -190,8 +190,11 @@ def main(args):
     names = list(dict.fromkeys(TABLE_4 if "all" in args.datasets else args.datasets))
     sets = {name: read_set(name, args.data_dir, args.seed) for name in names}   # all, before hours of work
     inputs = {name: config[name] for name in ("image_size", "mean", "std", "interpolation")}
-    inputs |= {"backbone_sha256": fingerprint(backbone), "precision": args.amp}
-    settings = inputs | {name: getattr(args, name) for name in ("seed", "strengths", "max_iter")}
+    inputs |= {"backbone_sha256": fingerprint(backbone)}
+    if args.amp != "off":
+        inputs["precision"] = args.amp           # else files of older versions would have other names
+    settings = {"precision": "off"} | inputs
+    settings |= {name: getattr(args, name) for name in ("seed", "strengths", "max_iter")}
     out = make_evaluation_folder(args.output_dir)
     results, files = read_results(out, settings, args.overwrite), {}
     for name, parts in sets.items():             # another network, input or image has another file

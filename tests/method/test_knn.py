@@ -12,6 +12,7 @@ from PIL import Image
 from processes import metrics_of, run
 
 import data
+import knn
 from checkpoint import UserError, save_checkpoint
 from data import build_dataset, eval_batches
 from knn import extract_features, knn_images, knn_predict, nearest_neighbours, scores_to_watch, vote
@@ -200,6 +201,19 @@ def test_the_clusters_to_watch_are_the_commands(here, network, tmp_path):
     metrics = metrics_of(tmp_path)
     assert found["acc_monitor"] == pytest.approx(metrics["acc"], abs=1 / 256)
     assert found["nmi_monitor"] == pytest.approx(metrics["nmi"], abs=0.01) and found["knn_monitor"] > 0.5
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "barlow"])
+def test_what_is_watched_has_the_precision_of_the_run(stage, here, tmp_path, monkeypatch):
+    seen = []
+
+    def extract(backbone, batches, amp_dtype=torch.float32):
+        seen.append(amp_dtype)
+        return extract_features(backbone, batches, amp_dtype)
+    monkeypatch.setattr(knn, "extract_features", extract)
+    here(f"{stage}.py --data fake --image-size 16 --hidden-dim 32 --batch-size 256 --epochs 1 --amp bf16 "
+         f"--device cpu --output-dir {tmp_path}/run" + " --restarts 1" * (stage == "pretrain"))
+    assert seen[:2] == [torch.bfloat16] * 2 and torch.bfloat16 not in seen[2:]         # the head: float32
 
 
 def test_nothing_is_watched_without_a_validation_split(tmp_path):
