@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import metrics_of, run, saved_network
+from processes import ROOT, metrics_of, run, saved_network
 from sklearn import metrics as sk
 
 import cluster_eval
@@ -544,6 +545,36 @@ def test_two_processes_equal_one(flags, checkpoint, tmp_path):
             f"--batch-size 64 --contact-sheets 0 --bn-images 100 {flags}", ranks=ranks)
     for name in ("metrics.json", "assignments.csv"):
         assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--kmeans 2"])
+def test_torchrun_on_pictures_without_labels(flags, checkpoint, tmp_path):
+    """Some are broken, of which each process meets its own; each has a worker."""
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(31):
+        pixels = rng.integers(0, 256, (20, 16 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/{i:02}.png")
+    for i in (4, 7, 30):
+        (tmp_path / f"data/{i:02}.png").write_bytes(b"")
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (ranks == 2)
+        command = [sys.executable, *launcher, "cluster_eval.py", "--checkpoint", checkpoint, *flags.split(),
+                   "--data", tmp_path / "data", "--output-dir", tmp_path / f"{ranks}", "--batch-size", "4",
+                   "--workers", "1", "--contact-sheets", "0", "--device", "cpu"]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True)
+        named = {i for i in range(31) if f"/{i:02}.png: " in done.stderr}
+        assert done.returncode == 0 and named == {4, 7, 30}, done.stderr
+        assert done.stdout.count("3 broken pictures left out") == done.stdout.count("written: ") == 1
+    one, two = (metrics_of(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert one["num_images"] == 28 and one["num_broken"] == 3 and one.keys() == two.keys()
+    one, two = (assignments_of(tmp_path / f"{ranks}") for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a["file"], a["prediction"]) == (b["file"], b["prediction"])
+        column = "similarity" if flags else "probability"
+        assert float(a[column]) == pytest.approx(float(b[column]), abs=2e-6)
 
 
 def die_before_the_rows_are_gathered():
