@@ -70,7 +70,7 @@ def test_a_batch_of_an_evaluation_waits_for_nothing(name, source, network, pictu
     more, after, passes = EVALUATIONS[name]
     where = f"{pictures} --image-size 16" if source == "files" else "fake"
     waits, launches = [], []
-    for size in (8, 4):
+    for size in (8, 4) if source == "files" else (64, 32):
         flags = f"--checkpoint {network} --data {where} --batch-size {size} --output-dir {tmp_path}/out "
         with monkeypatch.context() as patch:
             counter = run_evaluation(patch, name.replace("kmeans", "cluster_eval"), flags + more, after)
