@@ -197,7 +197,7 @@ def main(args):
         if run.logging:
             entry = describe(loss, health, args.hidden_dim)
             if watched and run.epoch_ends and run.epoch % args.knn_every == 0:
-                entry |= scores_to_watch(model, *watched, config, device)
+                entry |= scores_to_watch(model, *watched, config, device, amp_dtype)
                 run.say("epoch {0}: 20-NN accuracy {knn_monitor:.4f} "
                         "(labels: to watch, not to choose by)".format(run.epoch, **entry))
             run.log(LINE, **entry, lr=lr)

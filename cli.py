@@ -182,6 +182,7 @@ def _exit(prog, message, code=2):
 def _explain(error, args):
     """(line, exit code) for an error of the machine, (None, 1) for one of the program."""
     said, out = str(error).strip() or type(error).__name__, getattr(args, "output_dir", "")
+    remedy = "the same command resumes from the last checkpoint" if "resume" in args else "start it again"
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE):
             place = error.filename or f"standard output, or the log in {out}"
@@ -190,9 +191,8 @@ def _explain(error, args):
         how_much = ". ".join(said.splitlines()[0].split(". ")[:2])
         return f"not enough memory ({how_much}); try a smaller --batch-size", 2
     elif worker := re.search(r"DataLoader worker.*(killed by signal|exited unexpectedly)[^.]*", said):
-        return (f"{worker[0]}; short of memory? Try fewer --workers; the same command resumes from the last "
-                "checkpoint"), 1
+        return f"{worker[0]}; short of memory? Try fewer --workers; {remedy}", 1
     elif dist.is_initialized() and (isinstance(error, dist.DistError) or re.search("gloo|nccl", said, re.I)):
         return (f"another process of this run died or did not answer within --timeout {args.timeout:g} s "
-                f"({said.splitlines()[0][:160]}); the same command resumes from the last checkpoint"), 1
+                f"({said.splitlines()[0][:160]}); {remedy}"), 1
     return None, 1

@@ -3,6 +3,7 @@
     python cluster_eval.py --checkpoint weights/fashion-mnist.pth        on the GPU if there is one, else CPU
     python cluster_eval.py --checkpoint runs/pretrain/checkpoint.pth --data my/pictures --device cpu
     python cluster_eval.py --checkpoint resnet50.pth --arch resnet50 --kmeans 1000 --data IMAGENET
+    torchrun --nproc-per-node 8 cluster_eval.py --checkpoint FILE --split train      they share the images
     python cluster_eval.py --predictions FILE        scores a .csv or .npz of any other program
 
 The cluster of an image is the argmax of softmax(logits); batch norms and NBS use their running statistics.
@@ -13,20 +14,31 @@ The first command takes about 20 seconds of one CPU core: ACC 0.734, NMI 0.673, 
 """
 
 import argparse
+import datetime
 import json
-import math
+import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from checkpoint import UserError, read_file, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from clusters import cluster_features, cluster_pixels, expected_mutual_information, silhouette
+from clusters import cluster_features, cluster_pixels, partition_scores, silhouette
 from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
 from model import reestimate_batch_norms
 from pictures import PER_SHEET, caption, draw_clusters
-from predictions import describe_clusters, name_classes, name_clusters, read_predictions, write_assignments
-from pretrained import choose_input, load_network, load_twist, network_flags
+from predictions import (
+    UNREADABLE,
+    describe_clusters,
+    name_classes,
+    name_clusters,
+    predict,  # noqa: F401
+    predict_part,
+    read_predictions,
+    write_assignments,
+)
+from pretrained import choose_input, load_network, load_twist, network_flags, to_device
 from run import make_evaluation_folder
 
 
@@ -56,9 +68,23 @@ def get_parser():
         help=f"most contact sheets to draw, of {PER_SHEET} clusters each")
     add("--output-dir", default="runs/cluster_eval", help="for everything written")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
-    add("--batch-size", type=at_least(1), default=512, help="images per forward pass")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+    add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
+    add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
+
+
+def check(args):
+    """Raises UserError for flags that do not go together; each by itself is checked by its type."""
+    if (args.checkpoint is None) == (args.predictions is None):
+        raise UserError("--checkpoint or --predictions: give one of the two, not both")
+    for flag in ("key", "arch", "data", "kmeans", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
+        if args.predictions and getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
+    if args.kmeans and args.map_from:
+        raise UserError("--map-from: --kmeans numbers its clusters anew; leave one of the two out")
 
 
 # ---------------------------------------------------------------- metrics
@@ -76,36 +102,6 @@ def check_ids(name, ids):
     return ids.astype(np.int64)
 
 
-def partition_scores(counts):
-    """NMI, AMI, ARI and FMI of counts [K, C] (clusters x classes), with scikit-learn's conventions.
-
-    NMI = 2 I / (H_K + H_C) and AMI = (I - E[I]) / ((H_K + H_C) / 2 - E[I]) are those of TWIST's tables;
-    ami_max has max(H_K, H_C) instead of the mean, as the paper prints the formula. ARI: Hubert & Arabie 1985.
-    FMI: Fowlkes & Mallows 1983, the "F" of the published log.
-    """
-    N = int(counts.sum())
-    a, b = counts.sum(1), counts.sum(0)
-    i, j = np.nonzero(counts)
-    n, a_i, b_j = counts[i, j], a[i], b[j]
-    a, b = a[a > 0], b[b > 0]
-    if len(a) == len(b) == len(n):       # the same partition twice: 1 by definition (0 / 0 for singletons)
-        nmi = ami = ami_max = 1.0
-    else:
-        mi = max(0.0, np.sum(n / N * (np.log(n) + math.log(N) - np.log(a_i) - np.log(b_j))))
-        emi, p_a, p_b = expected_mutual_information(a, b), a / a.sum(), b / b.sum()
-        h_a, h_b = -np.sum(p_a * np.log(p_a)), -np.sum(p_b * np.log(p_b))         # entropies in nats
-        nmi = 2 * mi / (h_a + h_b)
-        ami, ami_max = (mi - emi) / ((h_a + h_b) / 2 - emi), (mi - emi) / (max(h_a, h_b) - emi)
-
-    # Ordered pairs of images; Python's integers, because products of two such numbers overflow 64 bits.
-    together, pairs = int(n @ n) - N, N * (N - 1)
-    same_cluster, same_class = int(a @ a) - N, int(b @ b) - N
-    spread = (same_cluster + same_class) * pairs - 2 * same_cluster * same_class
-    ari = 2 * (together * pairs - same_cluster * same_class) / spread if spread else 1.0
-    fmi = together / math.sqrt(same_cluster * same_class) if together else 0.0
-    return {"nmi": float(nmi), "ami": float(ami), "ami_max": float(ami_max), "ari": ari, "fmi": fmi}
-
-
 def evaluate(labels, predictions, probabilities=None, mapping=None):
     """Scores predicted clusters against true classes; there may be more or fewer clusters than classes.
 
@@ -117,7 +113,7 @@ def evaluate(labels, predictions, probabilities=None, mapping=None):
         such share (Hungarian algorithm; rectangular if K != C: an unmatched cluster predicts nothing).
     acc_top5: the same for any of the five most probable clusters; only with probabilities.
     acc_majority: each cluster predicts its most frequent class (many-to-one). Rises with K, to 1 at K = N.
-    nmi, ami, ami_max, ari, fmi: see partition_scores. num_clusters_used: clusters with at least one image.
+    nmi, ami, ami_max, ari, fmi: see clusters.partition_scores. num_clusters_used: clusters with an image.
     mapping: for each of the K clusters its class, or -1 if unmatched.
     Raises ValueError that names the argument. Needs memory for K x C counts.
     """
@@ -190,8 +186,6 @@ def evaluate_with_noise(labels, predictions, probabilities=None):
 def load_clusters(args):
     """(network, configuration): a Twist, or with --kmeans a backbone; see pretrained.load_network."""
     if args.kmeans:
-        if args.map_from:
-            raise UserError("--map-from: --kmeans numbers its clusters anew; leave one of the two out")
         return load_network(args)
     try:
         network, config = load_twist(args.checkpoint, args.key)
@@ -201,31 +195,29 @@ def load_clusters(args):
     return network, choose_input(config, args)
 
 
-@torch.inference_mode()
-def predict(network, batches):
-    """Features [N, feature_dim] and probabilities softmax(logits) [N, K], float32; None of a bare backbone.
-
-    network: a Twist or a backbone, which is put into evaluation mode; batches: of inputs [B, 3, H, W], see
-    data.eval_batches.
-    """
-    network.eval()
-    heads = getattr(network, "projection_heads", None)
-    features, probabilities = [], []
-    for x in batches:
-        y = network(x) if heads is None else network.backbone(x)
-        features.append(y.float().cpu())
-        if heads is not None:
-            probabilities.append(heads(y).softmax(-1).float().cpu())
-    return torch.cat(features).numpy(), torch.cat(probabilities).numpy() if probabilities else None
+def build_parts(args, config):
+    """(images to score, training images or None) of --data, else of the checkpoint's data."""
+    name, options, train = args.data or config["data"], folder_options(args, config), None
+    if name is None:
+        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
+    dataset = build_dataset(name, args.split, config["seed"], args.data_dir, **options)
+    if args.bn_images or args.kmeans:
+        train = build_dataset(name, "train", config["seed"], args.data_dir, **options)
+        if args.kmeans > len(train):
+            raise UserError(f"--kmeans {args.kmeans}: must be at most the {len(train):,} {train.part}")
+    if args.pixel_kmeans and dataset.images is None:
+        raise UserError("--pixel-kmeans: files have no common size; leave it out")
+    return dataset, train
 
 
-def estimate_batch_norms(network, train, config, args):
+def estimate_batch_norms(network, train, config, device, args):
     """Estimates batch-norm statistics from args.bn_images training images; returns how many could be read."""
     drawn = np.random.default_rng([config["seed"], 6]).permutation(len(train))[:args.bn_images]
     count = min(round(len(drawn) / args.batch_size), len(drawn) // 2)             # at least two images each
     batch = len(drawn) // max(1, count)                                           # all of nearly one size
     train = train.subset(torch.from_numpy(drawn[:len(drawn) // batch * batch]))
-    reestimate_batch_norms(network, eval_batches(train, config, args.device, batch, args.workers))
+    batches = eval_batches(train, config, device, batch, args.workers)
+    reestimate_batch_norms(network, batches, forward=network if args.kmeans else None)
     return len(train.readable())
 
 
@@ -241,14 +233,20 @@ def print_report(scored, remarks, clusters):
 
 
 def main(args):
+    # ---------------------------------------------------------------- ddp: torchrun sets these variables
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = torch.device(args.device), dict(backend="gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+
     # ---------------------------------------------------------------- data
-    if (args.checkpoint is None) == (args.predictions is None):
-        raise UserError("--checkpoint or --predictions: give one of the two, not both")
+    check(args)
     dataset, mapping, scored, seed, run = None, None, {}, 0, args.checkpoint
     if args.predictions:
-        for flag in ("key", "arch", "data", "kmeans", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
-            if getattr(args, flag):
-                raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
         title, split, part = args.predictions, "predicted", "predicted images"
         labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
         class_names, num_clusters = name_classes(args.class_names, class_names), len(cluster_names)
@@ -256,51 +254,53 @@ def main(args):
     else:
         network, config = load_clusters(args)
         title, split, seed, remarks = args.data or config["data"], args.split, config["seed"], []
-        if title is None:
-            raise UserError(f"--data: {run} does not say on what it was trained; name the data")
-        options = folder_options(args, config)
-        dataset = build_dataset(title, split, seed, args.data_dir, **options)
+        dataset, train = build_parts(args, config)
         num_clusters = args.kmeans or config["num_classes"]
         part, cluster_names = dataset.part, range(num_clusters)
         class_names = dataset.class_names if dataset.labels is not None else None
         mapping, class_names = name_clusters(args.map_from, args.class_names, num_clusters, class_names)
         if args.map_from:
             remarks.append(f"clusters are named by the mapping of {args.map_from}")
-        if args.bn_images or args.kmeans:
-            train = build_dataset(title, "train", seed, args.data_dir, **options)
-            if args.kmeans > len(train):
-                raise UserError(f"--kmeans {args.kmeans}: must be at most the {len(train):,} {train.part}")
-        if args.pixel_kmeans and dataset.images is None:
-            raise UserError("--pixel-kmeans: files have no common size; leave it out")
     out = make_evaluation_folder(args.output_dir)
     metrics = {"checkpoint": run, "predictions": args.predictions, "data": title, "split": split,
                "num_images": len(labels if dataset is None else dataset), "num_clusters": num_clusters}
 
-    # ---------------------------------------------------------------- network
+    # ---------------------------------------------------------------- network, shared by the processes
     if dataset is not None:
-        network.to(args.device)
-        if args.bn_images:
-            count = estimate_batch_norms(network, train, config, args)
+        to_device(network, device)
+        if args.bn_images:       # by each process for itself: in a group, NBS would average over them
+            count = estimate_batch_norms(network, train, config, device, args)
             remarks.append(f"batch-norm statistics are those of {count:,} training images")
-        features, probabilities = predict(network, eval_batches(      # [N, feature_dim], [N, K]
-            dataset, config, args.device, args.batch_size, args.workers))
+        if world_size > 1:
+            dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
+        passes = device, args.batch_size, args.workers, amp_dtype
+        features, probabilities = predict_part(dataset, network, config, *passes)     # [N, D], [N, K] or None
+        fitted = features
+        if args.kmeans and part not in ("training images", "images"):
+            fitted, _ = predict_part(train, network, config, *passes)
+        if world_size > 1:
+            dist.destroy_process_group()
+    if rank > 0:                 # the first process goes on alone
+        return
+
+    # ---------------------------------------------------------------- clusters
+    if dataset is not None:
+        readable = (features != UNREADABLE).any(1)
+        kept, features = dataset.subset(readable), features[readable].numpy()
+        probabilities = None if args.kmeans else probabilities[readable].numpy()
         if not np.isfinite(features if args.kmeans else probabilities).all():
             raise UserError(f"{run}: the network's output is not finite; take an earlier one")
         if args.kmeans:
-            fitted = features
-            if part not in ("training images", "images"):
-                fitted, _ = predict(network, eval_batches(train, config, args.device, args.batch_size,
-                                                          args.workers))
+            fitted = fitted[(fitted != UNREADABLE).any(1)].numpy()
             predictions, confidences, inertia = cluster_features(
-                fitted, features, args.kmeans, args.kmeans_starts, seed, args.device)
+                fitted, features, args.kmeans, args.kmeans_starts, seed, device)
             metrics["kmeans"] = {"num_train": len(fitted), "starts": args.kmeans_starts, "inertia": inertia}
             run += f", k-means with K = {num_clusters}"
             remarks.append(f"k-means on the features of {len(fitted):,} {train.part}, inertia {inertia:.2f}")
         else:
             predictions, confidences = probabilities.argmax(1), probabilities.max(1)
-        kept = dataset.readable()
         labels = None if kept.labels is None else kept.labels.numpy()
-        metrics |= {"num_images": len(kept), "num_broken": len(dataset) - len(kept)}
+        metrics |= {"amp": args.amp, "num_images": len(kept), "num_broken": len(dataset) - len(kept)}
         if metrics["num_broken"]:
             remarks.append(f"{metrics['num_broken']} broken pictures left out")
         if args.silhouette:

@@ -1,4 +1,6 @@
-"""Mathematics of clusters: k-means, the silhouette, and the mutual information that chance brings."""
+"""Mathematics of clusters: k-means, the silhouette, and scores of two partitions against each other."""
+
+import math
 
 import numpy as np
 import torch
@@ -107,6 +109,36 @@ def silhouette(features, predictions, chunk=4096):
         b = (distance / sizes).scatter(1, own, torch.inf).amin(1, keepdim=True)
         total += ((b - a) / torch.maximum(a, b)).where(sizes[own] > 1, 0).nan_to_num(0).sum().item()
     return total / N
+
+
+def partition_scores(counts):
+    """NMI, AMI, ARI and FMI of counts [K, C] (clusters x classes), with scikit-learn's conventions.
+
+    NMI = 2 I / (H_K + H_C) and AMI = (I - E[I]) / ((H_K + H_C) / 2 - E[I]) are those of TWIST's tables;
+    ami_max has max(H_K, H_C) instead of the mean, as the paper prints the formula. ARI: Hubert & Arabie 1985.
+    FMI: Fowlkes & Mallows 1983, the "F" of the published log.
+    """
+    N = int(counts.sum())
+    a, b = counts.sum(1), counts.sum(0)
+    i, j = np.nonzero(counts)
+    n, a_i, b_j = counts[i, j], a[i], b[j]
+    a, b = a[a > 0], b[b > 0]
+    if len(a) == len(b) == len(n):       # the same partition twice: 1 by definition (0 / 0 for singletons)
+        nmi = ami = ami_max = 1.0
+    else:
+        mi = max(0.0, np.sum(n / N * (np.log(n) + math.log(N) - np.log(a_i) - np.log(b_j))))
+        emi, p_a, p_b = expected_mutual_information(a, b), a / a.sum(), b / b.sum()
+        h_a, h_b = -np.sum(p_a * np.log(p_a)), -np.sum(p_b * np.log(p_b))         # entropies in nats
+        nmi = 2 * mi / (h_a + h_b)
+        ami, ami_max = (mi - emi) / ((h_a + h_b) / 2 - emi), (mi - emi) / (max(h_a, h_b) - emi)
+
+    # Ordered pairs of images; Python's integers, because products of two such numbers overflow 64 bits.
+    together, pairs = int(n @ n) - N, N * (N - 1)
+    same_cluster, same_class = int(a @ a) - N, int(b @ b) - N
+    spread = (same_cluster + same_class) * pairs - 2 * same_cluster * same_class
+    ari = 2 * (together * pairs - same_cluster * same_class) / spread if spread else 1.0
+    fmi = together / math.sqrt(same_cluster * same_class) if together else 0.0
+    return {"nmi": float(nmi), "ami": float(ami), "ami_max": float(ami_max), "ari": ari, "fmi": fmi}
 
 
 def expected_mutual_information(a, b):

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import input_of, num_workers, own_group
+from data import input_of, loader_workers, own_group
 from detection_metrics import (
     as_published,
     coco_entries,
@@ -154,17 +154,18 @@ def detect(network, test, args, mean, std, rank, world_size):
     """Of each image of this process (index, prediction), in the image's own pixels; None for a broken one."""
     network.eval()
     device = next(network.parameters()).device
+    whole = Whole(test, args.test_side, args.long_side, network.multiple, mean, std)
     loader = torch.utils.data.DataLoader(
-        Whole(test, args.test_side, args.long_side, network.multiple, mean, std), batch_size=None,
-        sampler=range(rank, len(test.images), world_size), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, test.images), generator=torch.Generator())
+        whole, batch_size=None, sampler=range(rank, len(test.images), world_size), worker_init_fn=own_group,
+        **loader_workers(args.workers, whole), pin_memory=device.type == "cuda", generator=torch.Generator())
     found = []
     for item in loader:
         if item is None:
             found.append(None)
             continue
         index, own, x, sizes = item
-        prediction = {name: value.cpu() for name, value in network(x.to(device), sizes)[0].items()}
+        prediction = network(x.to(device, non_blocking=True), sizes)[0]
+        prediction = {name: value.cpu() for name, value in prediction.items()}
         prediction["boxes"] = scaled(prediction["boxes"], sizes[0], own)
         seen = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
         prediction = {name: value[seen] for name, value in prediction.items()}
@@ -203,10 +204,11 @@ def with_prefix(numbers):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        backend = dict(backend="nccl", device_id=device)
+        torch.cuda.set_device(device)        # no cudnn.benchmark: each batch has its own size
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
@@ -223,12 +225,13 @@ def main(args):
         backbone = build_backbone(source["arch"], source.get("small_images", False))
     network = build_detector(backbone, len(train.class_names), args, source["arch"])
     network.to(device, memory_format=torch.channels_last)
+    ddp = network
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
         synchronize_batch_norms(network)
         network.to(device)
-    ddp = DistributedDataParallel(network) if world_size > 1 else network
+        # buffers are equal anyway: batch norms are synchronised
+        ddp = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     torch.manual_seed(args.seed + rank)      # from here on samples of anchors and boxes differ between ranks
 
     # ---------------------------------------------------------------- optimizer
@@ -245,7 +248,7 @@ def main(args):
                     args.masks, args.seed, rank, world_size)
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(run.start, args.steps + args.bn_batches),
-        worker_init_fn=own_group, num_workers=num_workers(args.workers, train.images),
+        worker_init_fn=own_group, **loader_workers(args.workers, batches),
         pin_memory=device.type == "cuda", generator=torch.Generator()))    # else it draws from the samples'
 
     # ---------------------------------------------------------------- train
@@ -260,7 +263,8 @@ def main(args):
 
         # ---- one training step: B images of this process
         x, sizes, targets = run.next(loader)                           # [B, 3, H, W], B × (h, w), B dicts
-        x, targets = x.to(device, memory_format=torch.channels_last), on(device, targets)
+        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        targets = on(device, targets)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             losses = ddp(x, sizes, targets)
         loss = sum(losses.values())
@@ -279,7 +283,7 @@ def main(args):
         if step + 1 == args.steps and args.bn_batches:       # before the last save; the statistics lag behind
             more = (run.next(loader) for _ in range(args.bn_batches))
             reestimate_batch_norms(network, more, lambda batch: network(
-                batch[0].to(device), batch[1], on(device, batch[2])))
+                batch[0].to(device, non_blocking=True), batch[1], on(device, batch[2])))
 
     # ---------------------------------------------------------------- evaluate
     found = detect(network, test, args, mean, std, rank, world_size)
@@ -306,7 +310,7 @@ def on(device, targets):
     """Dicts of tensors, moved to the device."""
     moved = []
     for target in targets:
-        moved.append({name: value.to(device) for name, value in target.items()})
+        moved.append({name: value.to(device, non_blocking=True) for name, value in target.items()})
     return moved
 
 

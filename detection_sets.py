@@ -235,7 +235,8 @@ class Steps(torch.utils.data.Dataset):
     """Item t is this process's share of step t: (x [B, 3, H, W], sizes, targets), as Detector takes them.
 
     A picture's shorter side becomes one of `sides`, unless its longer one would be longer than `longest`
-    then (0: no limit), and half of the pictures are mirrored. multiple: of H and W.
+    then (0: no limit), and half of the pictures are mirrored. multiple: of H and W. item_bytes: about, with
+    the masks of ten objects a picture.
     """
 
     def __init__(self, pictures, batch_size, sides, longest, multiple, mean, std, masks, seed, rank=0,
@@ -243,6 +244,9 @@ class Steps(torch.utils.data.Dataset):
         self.order = Batches(pictures.images, batch_size, None, seed, rank, world_size)
         self.pictures, self.sides, self.longest, self.multiple = pictures, sides, longest, multiple
         self.mean, self.std, self.masks, self.seed = mean, std, masks, seed
+        number = self.order.mine.stop - self.order.mine.start
+        self.dataset = pictures.images
+        self.item_bytes = number * (12 + 10 * masks) * max(sides) * (longest or 2 * max(sides))
 
     def __getitem__(self, step):
         uniforms = np.random.default_rng([self.seed, 15, step]).random((self.order.batch_size, 2))
@@ -284,6 +288,7 @@ class Whole(torch.utils.data.Dataset):
     def __init__(self, pictures, side, longest, multiple, mean, std):
         self.pictures, self.side, self.longest, self.multiple = pictures, side, longest, multiple
         self.mean, self.std = mean, std
+        self.dataset, self.item_bytes = pictures.images, 12 * side * (longest or 2 * side)
 
     def __getitem__(self, index):
         picture = self.pictures.images[index]

@@ -3,6 +3,7 @@
     python embed.py --checkpoint weights/fashion-mnist.pth               on the GPU if there is one, else CPU
     python embed.py --checkpoint runs/pretrain/checkpoint.pth --data my/pictures --format csv
     python embed.py --checkpoint resnet50.pth --arch resnet50 --data IMAGENET     weights of another project
+    torchrun --nproc-per-node 8 embed.py --checkpoint FILE                        they share the features
 
 features.npz has arrays: features [N, D], files or index, labels and class_names if they are known, clusters
 and probabilities if the network has classes. features.csv has a row for each image. map.png shows the first
@@ -13,22 +14,23 @@ The first command takes about 20 seconds of one CPU core.
 
 import argparse
 import csv
+import datetime
 import io
 import json
 import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from cluster_eval import predict
-from data import CentreCrops, build_dataset, eval_batches, folder_flags, folder_options
+from data import CentreCrops, build_dataset, folder_flags, folder_options
 from knn import nearest_neighbours
 from pictures import draw_embedding
-from predictions import name_classes
-from pretrained import choose_input, load_network, load_twist, network_flags
+from predictions import UNREADABLE, name_classes, predict_part
+from pretrained import choose_input, load_network, load_twist, network_flags, to_device
 from run import make_evaluation_folder
 
 
@@ -49,8 +51,11 @@ def get_parser():
     add("--output-dir", default="runs/embed", help="folder for everything written")
     add = parser.add_argument_group("run").add_argument
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
-    add("--batch-size", type=at_least(1), default=512, help="images per forward pass")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+    add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
+    add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
 
 
@@ -78,9 +83,19 @@ def principal_components(features, count=2):
 
 
 def main(args):
+    # ---------------------------------------------------------------- ddp: torchrun sets these variables
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = torch.device(args.device), dict(backend="gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+
     # ---------------------------------------------------------------- network and data
     network, config = load(args)
-    network.to(args.device)
+    to_device(network, device)
     name, seed = args.data or config["data"], config["seed"]
     if name is None:
         raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
@@ -90,18 +105,26 @@ def main(args):
     class_names = name_classes(args.class_names, dataset.class_names)
     out = make_evaluation_folder(args.output_dir)
 
-    # ---------------------------------------------------------------- features
-    batches = eval_batches(dataset, config, args.device, args.batch_size, args.workers)
-    features, probabilities = predict(network, batches)                           # [N, D], [N, K] or None
+    # ---------------------------------------------------------------- features, shared by the processes
+    if world_size > 1:
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
+    features, probabilities = predict_part(                                       # [N, D], [N, K] or None
+        dataset, network, config, device, args.batch_size, args.workers, amp_dtype)
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:                                 # the first process goes on alone
+        return
+    readable = (features != UNREADABLE).any(1)
+    features, kept = features[readable].numpy(), dataset.subset(readable)
     if not np.isfinite(features).all():
         raise UserError(f"{args.checkpoint}: the features are not finite; take an earlier checkpoint")
-    kept = dataset.readable()
     columns = {"index": np.arange(len(kept))}
     if kept.paths is not None:
         columns = {"files": np.array([os.fsdecode(path) for path in kept.paths])}
     if kept.labels is not None:
         columns |= {"labels": kept.labels.numpy(), "class_names": np.array(class_names)}
     if probabilities is not None:
+        probabilities = probabilities[readable].numpy()
         columns |= {"clusters": probabilities.argmax(1), "probabilities": probabilities}
 
     # ---------------------------------------------------------------- map and neighbours
@@ -124,9 +147,9 @@ def main(args):
     images = CentreCrops(kept, 112) if kept.images is None else kept.images
     draw_embedding(out, f"{name}, {dataset.part}; {args.checkpoint}", images, points.numpy(), shares.tolist(),
                    queries, nearest.numpy(), similarity.numpy(), groups, names)
-    metrics = {"checkpoint": args.checkpoint, "data": name, "split": args.split, "num_images": len(kept),
-               "num_broken": len(dataset) - len(kept), "feature_dim": features.shape[1],
-               "variance_of_map": shares.tolist()}
+    metrics = {"checkpoint": args.checkpoint, "data": name, "split": args.split, "amp": args.amp,
+               "num_images": len(kept), "num_broken": len(dataset) - len(kept),
+               "feature_dim": features.shape[1], "variance_of_map": shares.tolist()}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     broken = f"; {metrics['num_broken']} broken pictures left out" if metrics["num_broken"] else ""
     to_stdout(f"{name}: {len(kept):,} {dataset.part}, {features.shape[1]} features of each{broken}")

@@ -44,10 +44,9 @@ from data import (
     loader_workers,
     own_group,
 )
-from knn import features_of
 from model import build_backbone
 from optim import cosine
-from predictions import UNREADABLE, write_predictions
+from predictions import UNREADABLE, predict_part, write_predictions
 from pretrained import load_network, network_flags
 from run import Run
 from semisup import draw_labels
@@ -256,7 +255,7 @@ def train_once(args, loaded, last=True):
     if world_size > 1:                       # batch norms of rank 0, as in the checkpoint
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-    scores = features_of(part, network, source, device, args.batch_size, args.workers)            # [N, C]
+    scores, _ = predict_part(part, network, source, device, args.batch_size, args.workers)        # [N, C]
     readable = (scores != UNREADABLE).any(1)
     value = float(METRICS[metric](scores[readable].numpy(), part.labels[readable].numpy()))
     if rank == 0 and part.labels.dim() == 1:

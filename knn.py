@@ -23,8 +23,8 @@ from checkpoint import UserError, to_stderr, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from cluster_eval import evaluate
 from data import build_dataset, count_overlap, eval_batches, folder_flags, folder_options, labelled
-from predictions import UNREADABLE, gather
-from pretrained import load_network, network_flags
+from predictions import UNREADABLE, predict, predict_part
+from pretrained import load_network, network_flags, to_device
 from run import make_evaluation_folder
 
 
@@ -44,36 +44,23 @@ def get_parser():
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/knn", help="folder for everything written")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
     add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
 
 
-@torch.inference_mode()
-def extract_features(backbone, batches):
+def extract_features(backbone, batches, amp_dtype=torch.float32):
     """Features [N, feature_dim], float32 on the CPU, of inputs in batches (data.eval_batches).
 
     Computed in evaluation mode; the backbone, or any other module, returns to the mode that it was in.
     """
     was_training = backbone.training
-    backbone.eval()
-    features = [backbone(x).float().cpu() for x in batches]
+    features, _ = predict(backbone, batches, amp_dtype)
     backbone.train(was_training)
-    return torch.cat(features)
-
-
-def features_of(part, backbone, config, device, batch_size, workers):
-    """What the backbone makes of all images of a part [N, D], on the CPU; rows of UNREADABLE for broken ones.
-
-    If there are several processes, each computes those of its images, rank::world_size.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = part.subset(slice(rank, None, world_size))
-    rows = extract_features(backbone, eval_batches(mine, config, device, batch_size, workers))
-    if world_size > 1:                   # NCCL takes no tensors of the CPU
-        rows = rows.to(device)
-    return gather(rows, part, world_size).cpu()
+    return torch.from_numpy(features)
 
 
 def nearest_neighbours(train_features, features, k, chunk=1024, train_chunk=32768):
@@ -150,15 +137,16 @@ def knn_images(args, dataset):
     return None if both else [train, test]
 
 
-def scores_to_watch(network, train, test, config, device, k=20):
+def scores_to_watch(network, train, test, config, device, amp_dtype=torch.float32, k=20):
     """{knn_monitor: 0 to 1}, the k-NN accuracy on the images of knn_images, T = 0.07.
 
     If the network has classes (projection_heads), also acc_monitor and nmi_monitor of the test images, see
     cluster_eval.evaluate. To watch a run, not to report. The network does not change.
     """
-    features = [extract_features(network.backbone, eval_batches(part, config, device,
-                                                                workers=config["workers"]))
-                for part in (train, test)]
+    features = []
+    for part in (train, test):
+        batches = eval_batches(part, config, device, workers=config["workers"])
+        features.append(extract_features(network.backbone, batches, amp_dtype))
     train, test = train.readable(), test.readable()
     scores = knn_predict(features[0], train.labels, features[1], min(k, len(train)), temperature=0.07,
                          num_classes=len(train.class_names))
@@ -173,15 +161,18 @@ def scores_to_watch(network, train, test, config, device, k=20):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- model
     backbone, config = load_network(args)
     config["interpolation"] = args.interpolation         # of eval_batches
-    backbone.to(device)
+    to_device(backbone, device)
 
     # ---------------------------------------------------------------- data
     train, test = labelled(args, config)
@@ -192,10 +183,10 @@ def main(args):
 
     # ---------------------------------------------------------------- features, shared by the processes
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
-    train_features, features = (features_of(part, backbone, config, device, args.batch_size, args.workers)
-                                for part in (train, test))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
+    train_features, features = (
+        predict_part(part, backbone, config, device, args.batch_size, args.workers, amp_dtype)[0]
+        for part in (train, test))
     if world_size > 1:
         dist.destroy_process_group()
     if rank > 0:                                         # the first process finds the neighbours alone
@@ -220,7 +211,7 @@ def main(args):
     name = args.data or config["data"]
     to_stdout(f"{name}: {len(test):,} {test.part} against {len(train):,} {train.part}, "
               f"T = {args.temperature}{broken}")
-    metrics = {"checkpoint": args.checkpoint, "data": name, "temperature": args.temperature,
+    metrics = {"checkpoint": args.checkpoint, "data": name, "amp": args.amp, "temperature": args.temperature,
                "num_train": len(train), "num_test": len(test), "num_broken": num_broken,
                "top1": {}, "top5": {}}
     for k in args.k:

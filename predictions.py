@@ -17,9 +17,53 @@ import torch.distributed as dist
 import torchvision
 
 from checkpoint import UserError, printable, write_atomically
+from data import eval_batches
 from loss import all_gather
 
 DIVERGED, UNREADABLE = -1, -2    # take the place of a predicted class
+
+
+# ---------------------------------------------------------------- of a network, by several processes
+@torch.inference_mode()
+def predict(network, batches, amp_dtype=torch.float32):
+    """Features [N, feature_dim] and probabilities softmax(logits) [N, K], float32; None of a bare backbone.
+
+    network: a Twist or a backbone, which is put into evaluation mode; batches: of inputs [B, 3, H, W], see
+    data.eval_batches. amp_dtype: of the backbone's products. The head works in float32: it costs little, and
+    logits of bfloat16 would tie. Both are arrays.
+    """
+    network.eval()
+    heads = getattr(network, "projection_heads", None)
+    backbone = network if heads is None else network.backbone
+    features, probabilities = [], []
+    for x in batches:
+        with torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+            y = backbone(x)
+        y = y.float()
+        features.append(y.to("cpu", non_blocking=y.is_cuda))     # into pinned memory; the device goes on
+        if heads is not None:
+            probabilities.append(heads(y).softmax(-1).to("cpu", non_blocking=y.is_cuda))
+    if torch.cuda.is_initialized():      # the only wait for the device: here the copies have arrived
+        torch.cuda.synchronize()
+    return torch.cat(features).numpy(), torch.cat(probabilities).numpy() if probabilities else None
+
+
+def predict_part(part, network, config, device, batch_size, workers, amp_dtype=torch.float32):
+    """What `predict` makes of all images of a part, in order: two tensors on the CPU, or one and None.
+
+    Rows of broken pictures are UNREADABLE throughout. If there are several processes, each computes those of
+    its images, rank::world_size, and gets all. Raises UserError for fewer images than processes.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(part) < world_size:
+        raise UserError(f"--data: has {len(part)} {part.part}, fewer than processes; use fewer")
+    mine, found = part.subset(slice(rank, None, world_size)), []
+    for rows in predict(network, eval_batches(mine, config, device, batch_size, workers), amp_dtype):
+        if rows is not None:             # NCCL takes no tensors of the CPU
+            rows = torch.from_numpy(rows).to(device if world_size > 1 else "cpu")
+            rows = gather(rows, part, world_size).cpu()
+        found.append(rows)
+    return found
 
 
 # ---------------------------------------------------------------- of a classifier, by several processes

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import input_of, num_workers, own_group
+from data import input_of, loader_workers, own_group
 from model import (
     build_backbone,
     dilate,
@@ -38,7 +38,7 @@ from optim import poly
 from pictures import draw_segmentation
 from pretrained import load_network, network_flags
 from run import Run
-from segment_sets import IGNORED, Crops, Whole, read_set
+from segment_sets import IGNORED, Crops, Whole, ends, read_set
 
 SHOWN = 8                        # test images in segmentation.png
 
@@ -218,31 +218,26 @@ def in_windows(network, x, window, stride):
     return total / count
 
 
-def ends(length, window, stride):
-    """Where windows end on a side of this length."""
-    number = max(math.ceil((length - window) / stride), 0) + 1
-    return [min(i * stride + window, length) for i in range(number)]
-
-
 @torch.inference_mode()
 def evaluate(network, test, args, mean, std, rank, world_size):
     """(confusion [C, C] of all images, number of broken ones, [(index, classes, predictions)] to show)."""
     network.eval()
     device, C, shown = next(network.parameters()).device, len(test.class_names), []
+    torch.backends.cudnn.benchmark = args.window > 0         # whole images have many sizes
+    whole = Whole(test, (args.short_side, args.long_side), mean, std)
     loader = torch.utils.data.DataLoader(
-        Whole(test, (args.short_side, args.long_side), mean, std), batch_size=None,
-        sampler=range(rank, len(test.images), world_size), worker_init_fn=own_group,
-        num_workers=num_workers(args.workers, test.images), generator=torch.Generator())
+        whole, batch_size=None, sampler=range(rank, len(test.images), world_size), worker_init_fn=own_group,
+        **loader_workers(args.workers, whole), pin_memory=device.type == "cuda", generator=torch.Generator())
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=device)
     for item in loader:
         if item is None:
             counts[-1] += 1
             continue
         index, x, classes = item
-        scores = in_windows(network, x.to(device), args.window, args.window_stride)
+        scores = in_windows(network, x.to(device, non_blocking=True), args.window, args.window_stride)
         scores = F.interpolate(scores, classes.shape, mode="bilinear", align_corners=args.align_corners)
         predictions = scores[0].argmax(0)
-        counts[:-1] += confusion_matrix(classes.to(device), predictions, C).flatten()
+        counts[:-1] += confusion_matrix(classes.to(device, non_blocking=True), predictions, C).flatten()
         if len(shown) < SHOWN:
             shown.append((index, classes, predictions.cpu()))
     if world_size > 1:
@@ -253,10 +248,12 @@ def evaluate(network, test, args, mean, std, rank, world_size):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
     amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- data
@@ -276,12 +273,12 @@ def main(args):
                       args.aux_weight > 0, args.align_corners).to(device, memory_format=torch.channels_last)
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: it is a {source['arch']}; {error}") from None
+    ddp = network
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
         synchronize_batch_norms(network)
         network.to(device)
-    ddp = DistributedDataParallel(network) if world_size > 1 else network
+        ddp = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     torch.manual_seed(args.seed + rank)      # from here on noise (dropout) should differ between ranks
 
     # ---------------------------------------------------------------- optimizer
@@ -296,7 +293,7 @@ def main(args):
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
         crops, batch_size=None, sampler=range(run.start, args.steps + args.bn_batches),
-        worker_init_fn=own_group, num_workers=num_workers(args.workers, train.images),
+        worker_init_fn=own_group, **loader_workers(args.workers, crops),
         pin_memory=device.type == "cuda", generator=torch.Generator()))    # else it draws from dropout's
 
     # ---------------------------------------------------------------- train
@@ -309,7 +306,8 @@ def main(args):
 
         # ---- one training step: B images of this process
         x, classes = run.next(loader)                                  # [B, 3, crop, crop], [B, crop, crop]
-        x, classes = x.to(device, memory_format=torch.channels_last), classes.to(device)
+        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        classes = classes.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             scores, *auxiliary = ddp(x)                                # each [B, C, crop, crop]
         loss = pixel_loss(scores, classes)
@@ -326,7 +324,7 @@ def main(args):
         if run.logging:
             run.log("loss {loss:.3f}", loss=run.average(loss=loss)["loss"].item())
         if step + 1 == args.steps and args.bn_batches:       # before the last save; the statistics lag behind
-            batches = (run.next(loader)[0].to(device) for _ in range(args.bn_batches))
+            batches = (run.next(loader)[0].to(device, non_blocking=True) for _ in range(args.bn_batches))
             reestimate_batch_norms(network, batches, forward=network)
 
     # ---------------------------------------------------------------- evaluate

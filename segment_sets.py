@@ -3,6 +3,7 @@
 The random numbers of a crop are a function of the seed, the step and the place in the global batch.
 """
 
+import math
 import os
 from itertools import chain
 from pathlib import Path
@@ -189,6 +190,8 @@ class Crops(torch.utils.data.Dataset):
     def __init__(self, pictures, batch_size, size, sides, scales, most, distortion, mean, std, seed, rank=0,
                  world_size=1):
         self.order = Batches(pictures.images, batch_size, None, seed, rank, world_size)
+        number = self.order.mine.stop - self.order.mine.start
+        self.dataset, self.item_bytes = pictures.images, number * size ** 2 * (3 * 4 + 8)
         self.pictures, self.size, self.sides, self.scales = pictures, size, sides, scales
         self.most, self.distortion, self.mean, self.std, self.seed = most, distortion, mean, std, seed
 
@@ -273,10 +276,13 @@ def scale_saturation(x, factor):
 class Whole(torch.utils.data.Dataset):
     """Item i is picture i: (i, input [1, 3, h, w] resized into these sides, classes uint8 [H, W] as stored).
 
-    It is None for a picture that cannot be read.
+    It is None for a picture that cannot be read. item_bytes: where the longer side has no limit, of pictures
+    twice as long as high.
     """
 
     def __init__(self, pictures, sides, mean, std):
+        short, long = sides
+        self.dataset, self.item_bytes = pictures.images, 13 * short * (long or 2 * short)
         self.pictures, self.sides, self.mean, self.std = pictures, sides, mean, std
 
     def __getitem__(self, index):
@@ -285,3 +291,9 @@ class Whole(torch.utils.data.Dataset):
             return None
         classes = self.pictures.classes(index, picture.shape[1:])
         return index, normalize(resized(picture, classes, self.sides)[0], self.mean, self.std), classes
+
+
+def ends(length, window, stride):
+    """Where windows end on a side of this length."""
+    number = max(math.ceil((length - window) / stride), 0) + 1
+    return [min(i * stride + window, length) for i in range(number)]

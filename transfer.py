@@ -22,11 +22,10 @@ import torch.distributed as dist
 
 from checkpoint import UserError, read_file, say_once, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from knn import features_of
 from lincls import fingerprint
 from logistic import fit_logistic
-from predictions import UNREADABLE
-from pretrained import load_network, network_flags
+from predictions import UNREADABLE, predict_part
+from pretrained import load_network, network_flags, to_device
 from run import make_evaluation_folder, refuse_difference
 from transfer_sets import SETS, TABLE_4, checksum, read_set
 
@@ -58,6 +57,8 @@ def get_parser():
     add("--seed", type=at_least(0), default=0,
         help="of the validation images where a set has none, and of Caltech-101's training images")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
     add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
@@ -161,9 +162,10 @@ def read_results(out, settings, overwrite):
         return {}
     try:
         written = json.loads(path.read_bytes())
-        if written["settings"].keys() != settings.keys():
+        before = {"precision": "off"} | written["settings"]        # older files do not name it
+        if before.keys() != settings.keys():
             raise ValueError
-        refuse_difference({"config": written["settings"]}, settings, path)
+        refuse_difference({"config": before}, settings, path)
         return {name: written["sets"][name] for name in SETS if name in written["sets"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not of transfer.py, or damaged; choose another --output-dir, or --overwrite"
@@ -173,20 +175,26 @@ def read_results(out, settings, overwrite):
 def main(args):
     # ---------------------------------------------------------------- ddp: torchrun sets these variables
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device, backend = torch.device(args.device), dict(backend="gloo")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = dict(backend="nccl", device_id=device)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True        # seeks the fastest kernels once: the sizes stay the same
+    amp_dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     # ---------------------------------------------------------------- network and data
     backbone, config = load_network(args)
-    backbone.to(device)
+    to_device(backbone, device)
     config |= {"interpolation": args.interpolation, "resize_side": config["image_size"]}     # of eval_batches
     names = list(dict.fromkeys(TABLE_4 if "all" in args.datasets else args.datasets))
     sets = {name: read_set(name, args.data_dir, args.seed) for name in names}   # all, before hours of work
     inputs = {name: config[name] for name in ("image_size", "mean", "std", "interpolation")}
     inputs |= {"backbone_sha256": fingerprint(backbone)}
-    settings = inputs | {name: getattr(args, name) for name in ("seed", "strengths", "max_iter")}
+    if args.amp != "off":
+        inputs["precision"] = args.amp           # else files of older versions would have other names
+    settings = {"precision": "off"} | inputs
+    settings |= {name: getattr(args, name) for name in ("seed", "strengths", "max_iter")}
     out = make_evaluation_folder(args.output_dir)
     results, files = read_results(out, settings, args.overwrite), {}
     for name, parts in sets.items():             # another network, input or image has another file
@@ -197,13 +205,14 @@ def main(args):
     # ---------------------------------------------------------------- features, shared by the processes
     missing = [[name for name in todo if not files[name].exists()]]
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
         dist.broadcast_object_list(missing)      # the folder may be on the first machine only
     for name in missing[0]:
         say_once(f"{name}: features of {sum(map(len, sets[name].values())):,} images")
-        features = {part: features_of(images, backbone, config, device, args.batch_size, args.workers)
-                    for part, images in sets[name].items()}
+        features = {}
+        for part, images in sets[name].items():
+            features[part], _ = predict_part(images, backbone, config, device, args.batch_size, args.workers,
+                                             amp_dtype)
         if rank == 0:
             files[name].parent.mkdir(exist_ok=True)
             for old in files[name].parent.glob(f"{name}-*.pt"):

@@ -6,9 +6,10 @@
 
 Parts: `parity` compares losses, gradients, views and three published training steps with the CPU and with
 tests/golden. `stages` trains every stage for some steps in float32, bfloat16 and float16, and compares the
-first loss with the CPU's. `resume` kills a run and goes on. `two` has two processes share the GPU by gloo;
-NCCL refuses that. `speed` runs published recipes at the batch that one GPU has there, on pictures in memory
-and on JPEG files. All of it is OUTPUT_DIR/page.md, to paste into the docs. Exit code 1 if a check fails.
+first loss with the CPU's. `evaluations` compares features and scores with the CPU's. `resume` kills a run and
+goes on. `two` has two processes share the GPU by gloo; NCCL refuses that. `speed` runs published recipes at
+the batch that one GPU has there, and features of a ResNet-50, on pictures in memory and on JPEG files. All of
+it is OUTPUT_DIR/page.md, to paste into the docs. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -34,8 +35,11 @@ from golden_inputs import fill_noise, noise  # noqa: E402
 
 import loss as losses  # noqa: E402
 from benchmarks.pipeline import write_photographs  # noqa: E402
-from model import BatchNorm, Twist  # noqa: E402
+from data import ImageSet, build_dataset, eval_batches  # noqa: E402
+from model import BatchNorm, Twist, build_backbone  # noqa: E402
 from optim import LARS, param_groups  # noqa: E402
+from predictions import predict, predict_part  # noqa: E402
+from pretrained import load_twist, to_device  # noqa: E402
 from views import UNIFORMS, build_views  # noqa: E402
 
 NETWORK = "weights/fashion-mnist.pth"
@@ -55,12 +59,15 @@ STAGES = {
     "detect": f"detect.py --checkpoint {NETWORK} --num-scenes 64 16 --steps 20",
     "detect with masks": f"detect.py --checkpoint {NETWORK} --neck fpn --masks --num-scenes 64 16 --steps 20",
 }
-EVALUATIONS = {
-    "knn": f"knn.py --data fake --checkpoint {NETWORK}",
-    "cluster_eval": f"cluster_eval.py --data fake --checkpoint {NETWORK}",
-    "embed": f"embed.py --data fake --checkpoint {NETWORK}",
-    "transfer": f"transfer.py --checkpoint {NETWORK}",
+EVALUATIONS = {                   # and a score from 0 to 1 in its metrics.json
+    "knn": (f"knn.py --data mnist --checkpoint {NETWORK}", lambda metrics: metrics["top1"]["20"]),
+    "cluster_eval": (f"cluster_eval.py --checkpoint {NETWORK}", lambda metrics: metrics["acc"]),
+    "embed": (f"embed.py --data mnist --checkpoint {NETWORK}", lambda metrics: metrics["variance_of_map"][0]),
+    "transfer": (f"transfer.py --strengths 3 --checkpoint {NETWORK}",
+                 lambda metrics: metrics["sets"]["mnist"]["test"]),
 }
+PRECISIONS = {                    # of the backbone; how far features may be from the CPU's, see difference
+    "off": (torch.float32, 5e-3), "bf16": (torch.bfloat16, 3e-2), "fp16": (torch.float16, 5e-3)}
 RECIPES = {                       # images in a step of one GPU, as published: batch size / number of GPUs
     "resnet50_multicrop": 128, "resnet50_two_views": 256, "resnet50w2_multicrop": 60, "vit_s": 64,
     "vit_b": 32, "barlow_twins": 64}
@@ -156,9 +163,28 @@ def stages(device, out):
         sound = abs(same - reference) < 1e-2 * max(1, abs(reference)) and np.isfinite(half).all()
         text = ", ".join(f"{first:.4f} to {last:.4f}" for first, last, _ in results)
         yield f"{name}: loss on the CPU, then here in fp32, bf16, fp16", text, bool(sound)
-    for name, command in EVALUATIONS.items():
-        run(command, out / name, "--device", device.type)
-        yield name, "done", True
+
+
+def evaluations(device, out):
+    network, config = load_twist(ROOT / NETWORK)
+    images = build_dataset("fashion-mnist", "test").subset(slice(2000))
+    expected, classes = map(torch.from_numpy, predict(network, eval_batches(images, config, "cpu")))
+    to_device(network, device)
+    for amp, (dtype, most) in PRECISIONS.items():
+        features, probabilities = map(torch.from_numpy,
+                                      predict(network, eval_batches(images, config, device), dtype))
+        worst = difference(features, expected)
+        same = (probabilities.argmax(1) == classes.argmax(1)).float().mean().item()
+        yield (f"features here, --amp {amp}, and on the CPU in float32",
+               f"{worst:.1e}, the same class for {100 * same:.1f} %", worst < most and same > 0.98)
+    for name, (command, score) in EVALUATIONS.items():
+        found = []
+        for where, amp in (("cpu", "off"), (device.type, "off"), (device.type, "bf16")):
+            folder = out / f"{name}_{where}_{amp}"
+            run(command, folder, "--device", where, "--amp", amp)
+            found.append(score(json.loads((folder / "metrics.json").read_text())))
+        yield (f"{name}: score on the CPU, then here in fp32, bf16",
+               ", ".join(f"{value:.4f}" for value in found), max(found) - min(found) < 0.01)
 
 
 def resume(device, out):
@@ -229,7 +255,24 @@ def speed(device, out):
             yield (f"{name}, {batch} images a step, {'in memory' if data == 'fake' else 'JPEG files'}",
                    f"{rate:,.0f} images/s, {lines[-1]['memory_mib']:,} MiB, {100 * waiting:.0f} % of the "
                    "time waiting for data", True)
+    yield from features(device, out)
     yield from launches(device, out)
+
+
+def features(device, out):
+    """Those of a ResNet-50 at 224 pixels; the second pass, as the first seeks the fastest kernels."""
+    torch.backends.cudnn.benchmark = True
+    backbone = to_device(build_backbone("resnet50"), device)
+    config = dict(data=None, image_size=224)
+    noisy = torch.randint(0, 256, (2048, 3, 224, 224), dtype=torch.uint8)
+    files = build_dataset(str(out / "files.txt"), "train")
+    for name, images, workers in (("in memory", ImageSet(noisy, None, None), 0), ("JPEG files", files, -1)):
+        for amp in ("off", "bf16"):
+            for _ in range(2):
+                start = time.time()
+                predict_part(images, backbone, config, device, 256, workers, PRECISIONS[amp][0])
+            rate = len(images) / (time.time() - start)
+            yield f"features of a ResNet-50, {name}, --amp {amp}", f"{rate:,.0f} images/s", True
 
 
 def launches(device, out):
@@ -248,7 +291,7 @@ def launches(device, out):
     yield "resnet50_multicrop, kernels and copies in a step", f"{count / 8:,.0f}", count > 0
 
 
-PARTS = {part.__name__: part for part in (parity, stages, resume, two, speed, worker)}
+PARTS = {part.__name__: part for part in (parity, stages, evaluations, resume, two, speed, worker)}
 
 
 def main():

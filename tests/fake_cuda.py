@@ -72,6 +72,9 @@ class Counter(TorchDispatchMode):
         self.waits.append(f"{what} at {line()}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:                   # in inference mode torch leaves it to us to take an operation apart
+                return func.decompose(*args, **kwargs or {})
         self.inside = True
         try:
             return self.dispatch(func, args, kwargs)
@@ -91,7 +94,7 @@ class Counter(TorchDispatchMode):
             if not (asynchronous and getattr(source, "is_in_pinned_memory", False)):
                 self.wait("copy to the device")
             return args[0] if name == "copy_" else self.track(torch.empty_like(
-                source, dtype=kwargs.get("dtype"), device=META))
+                source, dtype=kwargs.get("dtype"), device=META, memory_format=kwargs.get("memory_format")))
         if target is not None and target.type == "cpu" or name == "_local_scalar_dense":
             if not kwargs.get("non_blocking"):
                 self.wait("number read" if target is None else "copy back")
@@ -186,6 +189,13 @@ class Enough(BaseException):
     """Ends a run after its last counted step."""
 
 
+def no_workers(dataset, batch_size, collate_fn, pin_memory=False, **kwargs):
+    """A DataLoader of eval_batches, in this process."""
+    for start in range(0, len(dataset), batch_size):
+        batch = collate_fn([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        yield pin(batch) if pin_memory and isinstance(batch, torch.Tensor) else batch
+
+
 class Event:
     """Of torch.cuda: to wait for it is a blocking point."""
 
@@ -222,21 +232,45 @@ def loader_of(counter, steps, found):
     return load
 
 
-def run_stage(monkeypatch, stage, flags, steps=3, world_size=1):
-    """The counts of each of the first steps of a stage, dicts; flags: without --device."""
-    counter, found = Counter(), []
+def be_there(monkeypatch):
+    """Makes torch believe in the device; returns what counts, and the modes to run in."""
+    counter = Counter()
     translate, device = Translate(counter), torch.Tensor.device
     COUNTERS.append(counter)
     for name, value in dict(Event=Event, set_device=lambda device: None, get_rng_state=lambda device: None,
-                            max_memory_allocated=lambda device: 0).items():
+                            max_memory_allocated=lambda device: 0, is_initialized=lambda: True,
+                            synchronize=lambda: counter.wait("everything")).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "device", property(
         lambda x: CUDA if x.is_meta and not counter.inside else device.__get__(x)), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin, raising=False)
     monkeypatch.setattr(torch, "autocast", translate.autocast)
-    monkeypatch.setattr(torch.utils.data, "DataLoader", loader_of(counter, steps, found))
     monkeypatch.setattr(clip_grad, "_has_foreach_support", lambda *args: True)
+    return counter, translate
+
+
+def run_evaluation(monkeypatch, stage, flags, after):
+    """The counter of an evaluation up to its function `after`, which works without the device."""
+    counter, translate = be_there(monkeypatch)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", no_workers)
+
+    def enough(*args):
+        raise Enough
+    script = importlib.import_module(stage)
+    monkeypatch.setattr(script, after, enough)
+    args = parse_args(script.get_parser(), shlex.split(f"{flags} --device cpu --workers 0"))
+    args.device = "cuda"
+    with contextlib.suppress(Enough), translate, counter:
+        script.main(args)
+    return counter
+
+
+def run_stage(monkeypatch, stage, flags, steps=3, world_size=1):
+    """The counts of each of the first steps of a stage, dicts; flags: without --device."""
+    counter, translate = be_there(monkeypatch)
+    found = []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader_of(counter, steps, found))
     if world_size > 1:
         world = types.SimpleNamespace(size=world_size)
         monkeypatch.setenv("WORLD_SIZE", str(world_size))

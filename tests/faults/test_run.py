@@ -326,7 +326,7 @@ ENDS = {                         # what a stage does: exit code, error
     "mistake": (lambda args: raised(UserError("--data x: is missing")), 2, "--data x: is missing"),
     "worker's mistake": (lambda args: read_by_worker(UserError("--data x: broken")), 2, "--data x: broken"),
     "worker killed": (lambda args: read_by_worker(None), 1, "DataLoader worker .*; short of memory. Try "
-                      "fewer --workers; the same command resumes from the last checkpoint"),
+                      "fewer --workers; start it again"),
     "disk full": (lambda args: raised(FULL), 2, r"runs/x: cannot be written \(No space left on device\); "
                   "make room, and start it again"),
     "output full": (lambda args: raised(QUOTA), 2, r"standard output, or the log in out: cannot be written "

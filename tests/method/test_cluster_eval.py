@@ -3,7 +3,10 @@
 import csv
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import metrics_of, run, saved_network
+from processes import ROOT, metrics_of, run, saved_network
 from sklearn import metrics as sk
 
 import cluster_eval
 import pictures
 from checkpoint import UserError, save_checkpoint
-from cluster_eval import evaluate, evaluate_with_noise, expected_mutual_information, silhouette
+from cluster_eval import evaluate, evaluate_with_noise
+from clusters import expected_mutual_information, silhouette
 from data import build_dataset
 from model import Twist, reestimate_batch_norms
 from pictures import caption, confusion_matrix, draw_confusion_matrix, draw_contact_sheet, draw_top3
@@ -531,6 +535,66 @@ def test_silhouette_and_batch_norms_in_the_command(start, tmp_path):
     line = f"silhouette {b['silhouette']:.4f} (cosine distance of backbone features)"
     assert "silhouette" not in a and line in out and a["nmi"] != b["nmi"]
     assert "batch-norm statistics are those of 300 training images" in out
+
+
+@pytest.mark.parametrize("flags", ["--silhouette", "--kmeans 5 --kmeans-starts 2"])
+def test_two_processes_equal_one(flags, checkpoint, tmp_path):
+    """To the bit: an image's row does not depend on its batch, if that is as large."""
+    for ranks in (1, 2):
+        run(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path}/{ranks} --device cpu "
+            f"--batch-size 64 --contact-sheets 0 --bn-images 100 {flags}", ranks=ranks)
+    for name in ("metrics.json", "assignments.csv"):
+        assert (tmp_path / "2" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--kmeans 2"])
+def test_torchrun_on_pictures_without_labels(flags, checkpoint, tmp_path):
+    """Some are broken, of which each process meets its own; each has a worker."""
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(31):
+        pixels = rng.integers(0, 256, (20, 16 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"data/{i:02}.png")
+    for i in (4, 7, 30):
+        (tmp_path / f"data/{i:02}.png").write_bytes(b"")
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (ranks == 2)
+        command = [sys.executable, *launcher, "cluster_eval.py", "--checkpoint", checkpoint, *flags.split(),
+                   "--data", tmp_path / "data", "--output-dir", tmp_path / f"{ranks}", "--batch-size", "4",
+                   "--workers", "1", "--contact-sheets", "0", "--device", "cpu"]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True)
+        named = {i for i in range(31) if f"/{i:02}.png: " in done.stderr}
+        assert done.returncode == 0 and named == {4, 7, 30}, done.stderr
+        assert done.stdout.count("3 broken pictures left out") == done.stdout.count("written: ") == 1
+    one, two = (metrics_of(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert one["num_images"] == 28 and one["num_broken"] == 3 and one.keys() == two.keys()
+    one, two = (assignments_of(tmp_path / f"{ranks}") for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert (a["file"], a["prediction"]) == (b["file"], b["prediction"])
+        column = "similarity" if flags else "probability"
+        assert float(a[column]) == pytest.approx(float(b[column]), abs=2e-6)
+
+
+def die_before_the_rows_are_gathered():
+    import predictions
+    if os.environ["RANK"] == "1":
+        predictions.gather = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_process_ends_the_other_in_one_line(checkpoint, tmp_path):
+    _, err = run(f"cluster_eval.py --checkpoint {checkpoint} --output-dir {tmp_path} --device cpu", code=1,
+                 ranks=2, prepare=die_before_the_rows_are_gathered)
+    assert err.count("\n") == 1 and "rank 0: another process of this run died" in err
+    assert "; start it again" in err and not (tmp_path / "metrics.json").exists()
+
+
+def test_two_processes_score_predictions_once(tmp_path):
+    (tmp_path / "theirs.csv").write_text("label,prediction\na,0\nb,1\n")
+    command = f"cluster_eval.py --predictions {tmp_path}/theirs.csv --output-dir {tmp_path}/out"
+    out, err = run(command, ranks=2)
+    assert out.count("ACC 1.0000") == 1 and not err and metrics_of(tmp_path / "out")["acc"] == 1
 
 
 def test_map_from_another_split(start, tmp_path):

@@ -7,14 +7,17 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from processes import metrics_of, run
 
 import data
-from checkpoint import save_checkpoint
+import knn
+from checkpoint import UserError, save_checkpoint
 from data import build_dataset, eval_batches
 from knn import extract_features, knn_images, knn_predict, nearest_neighbours, scores_to_watch, vote
 from model import build_backbone
+from predictions import predict, predict_part
 from pretrained import load_pretrained, load_twist
 
 FAKE = {"data": "fake", "image_size": 0, "mean": None, "std": None}
@@ -105,6 +108,22 @@ def test_extract_features(training):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_is_of_the_backbone_alone(network, dtype):
+    """Rows are float32 all the same, near those of float32; the head's products are float32."""
+    twist, config = load_twist(network)
+    dataset = build_dataset("fake", "test")
+    plain, _ = predict(twist, eval_batches(dataset, config, "cpu"))
+    features, probabilities = predict(twist, eval_batches(dataset, config, "cpu"), dtype)
+    assert features.dtype == probabilities.dtype == np.float32 and not np.array_equal(features, plain)
+    np.testing.assert_allclose(features, plain, atol=0.03 * np.abs(plain).max())
+    with torch.inference_mode():
+        again = twist.projection_heads(torch.from_numpy(features)).softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(probabilities), again)
+    same = extract_features(twist.backbone, eval_batches(dataset, config, "cpu"), dtype)
+    assert same.equal(torch.from_numpy(features))
+
+
 # ---------------------------------------------------------------- the command
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_command(here, network, tmp_path, monkeypatch, interpolation):
@@ -140,6 +159,23 @@ def test_two_processes_equal_one(network, tmp_path):
         assert two["top1"][k] == pytest.approx(top1, abs=1 / 256) and top1 > 0.2
 
 
+def test_half_precision_in_the_command(here, network, tmp_path):
+    for amp in ("off", "bf16"):
+        here(f"knn.py --checkpoint {network} --output-dir {tmp_path}/{amp} --k 20 --device cpu --amp {amp}")
+    off, bf16 = (metrics_of(tmp_path / amp) for amp in ("off", "bf16"))
+    assert (off["amp"], bf16["amp"]) == ("off", "bf16")
+    assert bf16["top1"]["20"] == pytest.approx(off["top1"]["20"], abs=0.02) and off["top1"]["20"] > 0.5
+
+
+def test_fewer_images_than_processes_are_refused(network, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 300)
+    backbone, config = load_pretrained(network)
+    with pytest.raises(UserError, match="256 test images, fewer than processes; use fewer"):
+        predict_part(build_dataset("fake", "test"), backbone, config, "cpu", 64, 0)
+
+
 def test_the_accuracy_to_watch_is_the_commands(here, network, tmp_path):
     here(f"knn.py --checkpoint {network} --output-dir {tmp_path} --k 20 --device cpu")
     backbone, config = load_pretrained(network)
@@ -165,6 +201,19 @@ def test_the_clusters_to_watch_are_the_commands(here, network, tmp_path):
     metrics = metrics_of(tmp_path)
     assert found["acc_monitor"] == pytest.approx(metrics["acc"], abs=1 / 256)
     assert found["nmi_monitor"] == pytest.approx(metrics["nmi"], abs=0.01) and found["knn_monitor"] > 0.5
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "barlow"])
+def test_what_is_watched_has_the_precision_of_the_run(stage, here, tmp_path, monkeypatch):
+    seen = []
+
+    def extract(backbone, batches, amp_dtype=torch.float32):
+        seen.append(amp_dtype)
+        return extract_features(backbone, batches, amp_dtype)
+    monkeypatch.setattr(knn, "extract_features", extract)
+    here(f"{stage}.py --data fake --image-size 16 --hidden-dim 32 --batch-size 256 --epochs 1 --amp bf16 "
+         f"--device cpu --output-dir {tmp_path}/run" + " --restarts 1" * (stage == "pretrain"))
+    assert seen[:2] == [torch.bfloat16] * 2 and torch.bfloat16 not in seen[2:]         # the head: float32
 
 
 def test_nothing_is_watched_without_a_validation_split(tmp_path):

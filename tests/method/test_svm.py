@@ -21,7 +21,7 @@ import svm
 from data import read_picture
 from lincls import pool_depth
 from model import build_backbone
-from svm import average_precision, cross_validate, fit_svm, folds_of, read_voc
+from svm import average_precision, cross_validate, fit_svm, folds_of, read_features, read_voc
 
 COLOURS = {"cow": (200, 40, 40), "dog": (40, 180, 40), "train": (40, 40, 200), "cat": (200, 200, 40)}
 FLAGS = "--shots 1 4 --samples 3 --costs 0.01 1 100"
@@ -255,6 +255,15 @@ def test_as_a_user_runs_it_and_by_hand(start, network, voc, tmp_path):
         assert found[str(k)]["map"] == pytest.approx(aps[:, best].mean(), abs=1e-3)
         assert found[str(k)]["std"] == pytest.approx(aps[:, best].std(), abs=1e-3)
         assert [each[str(k)]["map"] for each in alone] == pytest.approx(list(aps.mean(0)), abs=1e-3)
+
+
+def test_half_precision_is_near(start, monkeypatch):
+    kept = []
+    monkeypatch.setattr(svm, "read_features", lambda *args: kept.append(read_features(*args)) or kept[-1])
+    for amp in ("off", "bf16"):
+        start(f"--amp {amp}")
+    assert not kept[0].equal(kept[1]) and kept[1].dtype == torch.float32
+    torch.testing.assert_close(kept[1], kept[0], atol=0.01, rtol=0)
 
 
 def test_all_images_with_a_cost_for_each_class(start, network, voc, tmp_path):

@@ -281,7 +281,10 @@ def test_boxes_and_masks_follow_their_picture():
             assert (mask != inside).float().mean() < 0.02 and (colour != inside).float().mean() < 0.02
         seen.add(bool(target["boxes"][0, 0] < target["boxes"][1, 0]))
         assert target["labels"].tolist() == [3, 5]
+        assert x.nbytes + target["masks"].nbytes <= steps.item_bytes
     assert shapes == {(20, 30), (60, 90), (67, 100)}             # 80 × 120 would be too long
+    whole = Whole(pictures, 40, 60, 4, (0.0,), (1.0,))
+    assert whole.item_bytes == whole[0][2].nbytes
     assert seen == {True, False}
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, metrics_of, saved_network
+from processes import ROOT, metrics_of, run, saved_network
 from sklearn.decomposition import PCA
 
-from cluster_eval import predict
 from data import build_dataset, eval_batches
 from embed import principal_components
 from pictures import draw_map, draw_neighbours
+from predictions import predict
 from pretrained import load_twist
 
 
@@ -74,6 +74,18 @@ def test_features_of_pictures_by_a_bare_backbone(here, network, folder, tmp_path
         rows = list(csv.DictReader(file))
     assert [row["file"][-9:] for row in rows[4:6]] == ["/é 04.png", "/é 06.png"]
     assert "label" not in rows[0] and 0 <= int(rows[0]["cluster"]) < 10
+
+
+def test_two_processes_leave_broken_pictures_out_as_one_does(network, folder, tmp_path):
+    """Each meets other pictures; the first process writes the rows of both."""
+    for ranks in (1, 2):
+        _, err = run(f"embed.py --checkpoint {network} --data {folder} --batch-size 1 --workers 0 "
+                     f"--device cpu --output-dir {tmp_path}/{ranks}", ranks=ranks)
+        assert err.count("é 05.png") == err.count("\n") == 1
+    one, two = (np.load(tmp_path / f"{ranks}/features.npz") for ranks in (1, 2))
+    assert one.files == two.files and metrics_of(tmp_path / "2")["num_broken"] == 1
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], two[name])
 
 
 def test_one_picture_has_a_map(here, network, tmp_path):

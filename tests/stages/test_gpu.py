@@ -1,12 +1,15 @@
-"""What a step asks of a GPU, counted on a CUDA device that is not there: launches, waits, bytes."""
+"""What a step or a batch asks of a GPU, counted on a device that is not there: launches, waits, bytes."""
 
 import pytest
 import torch
-from fake_cuda import run_stage
+from fake_cuda import be_there, run_evaluation, run_stage
+from PIL import Image
 
 import data
 import pretrain
 from data import ImageSet
+from model import build_backbone
+from pretrained import to_device
 from views import UNIFORMS
 
 FAKE = "--data fake --image-size 16 --batch-size 32 --hidden-dim 32"
@@ -20,6 +23,7 @@ STAGES = {
     "lincls": ("--checkpoint {network} --batch-size 32", 175, 0),
     "semisup": ("--checkpoint {network} --batch-size 32 --label-fraction 1", 225, 0),
     "finetune": ("--checkpoint {network} --data fake --batch-size 32 --steps 9", 225, 0),
+    "segment": ("--checkpoint {network} --num-scenes 24 8 --batch-size 4 --steps 9", 300, 0),
 }
 
 
@@ -41,6 +45,56 @@ def test_several_processes_wait_for_nothing(tmp_path, monkeypatch):
     flags = f"{FAKE} --knn-every 0 --restarts 1 --bunch-size 16 --output-dir {tmp_path}/run"
     _, step = run_stage(monkeypatch, "pretrain", flags, 2, world_size=2)
     assert not step["waits"] and step["launches"] <= 900
+
+
+# ---------------------------------------------------------------- evaluations
+EVALUATIONS = {                  # flags, what works without the device, passes over data
+    "knn": ("--k 2", "nearest_neighbours", 2), "cluster_eval": ("", "evaluate", 1),
+    "kmeans": ("--kmeans 2", "cluster_features", 2), "embed": ("", "principal_components", 1)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(32):
+        path = root / ("train", "val")[i // 16] / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (i, 0, 0)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("source", ["files", "memory"])
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_batch_of_an_evaluation_waits_for_nothing(name, source, network, pictures, tmp_path, monkeypatch):
+    """Once in a pass the rows are waited for, however many batches it has."""
+    more, after, passes = EVALUATIONS[name]
+    where = f"{pictures} --image-size 16" if source == "files" else "fake"
+    waits, launches = [], []
+    for size in (8, 4) if source == "files" else (64, 32):
+        flags = f"--checkpoint {network} --data {where} --batch-size {size} --output-dir {tmp_path}/out "
+        with monkeypatch.context() as patch:
+            counter = run_evaluation(patch, name.replace("kmeans", "cluster_eval"), flags + more, after)
+        waits.append(len(counter.waits))
+        launches.append(counter.launches)
+        assert sum(wait.startswith("everything") for wait in counter.waits) == passes
+    assert waits[1] <= waits[0] < 100, counter.waits      # the first made the constants of the input
+    assert launches[1] > launches[0]
+
+
+def test_half_precision_moves_fewer_bytes(network, tmp_path, monkeypatch):
+    """Of the backbone; and networks to evaluate are channels-last on CUDA alone."""
+    found = {}
+    for amp in ("off", "bf16"):
+        with monkeypatch.context() as patch:
+            counter = run_evaluation(patch, "knn", f"--checkpoint {network} --data fake --k 2 --amp {amp} "
+                                     f"--output-dir {tmp_path}/{amp}", "nearest_neighbours")
+        found[amp] = counter.bytes
+    assert found["bf16"] < 0.75 * found["off"]
+    assert to_device(build_backbone("resnet8"), "cpu").conv1.weight.is_contiguous()
+    counter, translate = be_there(monkeypatch)
+    with translate, counter:
+        weight = to_device(build_backbone("resnet8"), "cuda").conv1.weight
+    assert weight.is_cuda and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow

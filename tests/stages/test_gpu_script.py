@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py needs a GPU; here its commands are parsed, and two of its parts run on the CPU."""
+"""benchmarks/gpu.py needs a GPU; here its commands are parsed, and most of its parts run on the CPU."""
 
 import importlib
 
@@ -10,7 +10,7 @@ from benchmarks import gpu
 from cli import parse_args
 
 
-@pytest.mark.parametrize("command", [*gpu.STAGES.values(), *gpu.EVALUATIONS.values(),
+@pytest.mark.parametrize("command", [*gpu.STAGES.values(), *next(zip(*gpu.EVALUATIONS.values(), strict=True)),
                                      *(f"{gpu.SCRIPTS.get(name, 'pretrain.py')} @{ROOT}/recipes/{name}.txt"
                                        for name in gpu.RECIPES)])
 def test_commands_are_those_of_the_scripts(command):
@@ -26,7 +26,7 @@ def test_it_says_that_there_is_no_gpu(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [gpu.parity, gpu.stages, gpu.resume, gpu.two])
+@pytest.mark.parametrize("part", [gpu.parity, gpu.stages, gpu.evaluations, gpu.resume, gpu.two])
 def test_parts_on_the_cpu(part, tmp_path, monkeypatch):
     monkeypatch.delitem(gpu.STAGES, "momentum encoder")          # a ViT in float16 takes minutes on a CPU
     for what, result, sound in part(torch.device("cpu"), tmp_path):

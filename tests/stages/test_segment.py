@@ -23,7 +23,7 @@ from model import build_backbone, reestimate_batch_norms
 from optim import poly
 from pretrained import load_pretrained
 from segment import FCN, Head, class_ious, confusion_matrix, ends, in_windows, mean_iou, pixel_loss
-from segment_sets import IGNORED, UNIFORMS, Crops, Pictures, distorted, is_mixed, read_set, resized
+from segment_sets import IGNORED, UNIFORMS, Crops, Pictures, Whole, distorted, is_mixed, read_set, resized
 from views import normalize
 
 RECIPES = {"voc12aug": "voc12aug_fcn", "cityscapes": "cityscapes_fcn"}
@@ -163,8 +163,12 @@ def test_crops_are_functions_of_seed_and_step_for_any_number_of_processes(labell
     options = dict(size=12, scales=(0.5, 2), distortion=True)
     x, classes = crops_of(labelled, **options)[3]
     for rank in range(2):
-        mine = crops_of(labelled, rank=rank, world_size=2, **options)[3]
+        crops = crops_of(labelled, rank=rank, world_size=2, **options)
+        mine = crops[3]
         assert mine[0].equal(x[2 * rank:2 * rank + 2]) and mine[1].equal(classes[2 * rank:2 * rank + 2])
+        assert crops.item_bytes == sum(y.nbytes for y in mine)
+    whole = Whole(labelled, (20, 24), (0.5,), (0.25,))
+    assert whole.item_bytes >= sum(y.nbytes for y in whole[1][1:]) > 0.7 * whole.item_bytes
     assert not crops_of(labelled, seed=1, **options)[3][0].equal(x)
     assert not crops_of(labelled, **options)[4][0].equal(x)
 

@@ -564,16 +564,22 @@ def test_other_networks_and_settings_do_not_mix(here, network, trees, small_sets
     for changed, named in ((command.replace(str(network), str(other)), "backbone_sha256 was"),
                            (f"{command} --image-size 12", "image_size was 16, is 12"),
                            (f"{command} --seed 1", "seed was 0, is 1"),
+                           (f"{command} --amp bf16", "precision was off, is bf16"),
                            (f"{command} --strengths 9", "strengths was 8, is 9")):
         _, err = here(changed, code=2)
         assert named in err and "--overwrite" in err and err.count("\n") == 1
         assert metrics_of(tmp_path / "out")["sets"]["pets"] == first
+    written = metrics_of(tmp_path / "out")                       # of a version that had no other precision
+    del written["settings"]["precision"]
+    (tmp_path / "out/metrics.json").write_text(json.dumps(written))
+    assert "done before" in here(command)[0]
     files = {first["features"]}
-    for changed in (command.replace(str(network), str(other)), f"{command} --image-size 12"):
+    for changed in (command.replace(str(network), str(other)), f"{command} --amp bf16",
+                    f"{command} --image-size 12"):
         out, _ = here(f"{changed} --overwrite")
         assert "pets: features of 36 images" in out
         files.add(metrics_of(tmp_path / "out")["sets"]["pets"]["features"])
-    assert len(files) == 3 and len(list((tmp_path / "out/features").iterdir())) == 1
+    assert len(files) == 4 and len(list((tmp_path / "out/features").iterdir())) == 1
     assert "features of" not in here(f"{command} --image-size 12 --overwrite --strengths 9")[0]
 
 
