@@ -33,7 +33,6 @@ from predictions import (
     describe_clusters,
     name_classes,
     name_clusters,
-    predict,  # noqa: F401
     predict_part,
     read_predictions,
     write_assignments,

@@ -37,9 +37,10 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import write_atomically  # noqa: E402
-from cluster_eval import evaluate, predict  # noqa: E402
+from cluster_eval import evaluate  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
 from knn import extract_features, knn_predict  # noqa: E402
+from predictions import predict  # noqa: E402
 from pretrained import load_twist  # noqa: E402
 
 RECIPES = {       # name: (the recipe whose network it starts from, command)

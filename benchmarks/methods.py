@@ -39,11 +39,12 @@ from fashion_mnist import knn_accuracy, linear_accuracy, write_csv  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoint import UserError  # noqa: E402
 from cli import launch, parse_args  # noqa: E402
-from cluster_eval import evaluate, predict  # noqa: E402
+from cluster_eval import evaluate  # noqa: E402
 from data import Batches, build_dataset, eval_batches, input_of  # noqa: E402
 from knn import extract_features  # noqa: E402
 from model import build_backbone  # noqa: E402
 from optim import param_groups, warmup_cosine  # noqa: E402
+from predictions import predict  # noqa: E402
 from pretrained import load_pretrained, load_twist  # noqa: E402
 from views import build_views  # noqa: E402
 

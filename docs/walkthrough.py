@@ -31,12 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cluster_eval import evaluate, predict
+from cluster_eval import evaluate
 from data import FASHION_MNIST_CLASSES, Batches, build_dataset, eval_batches, input_of
 from loss import anchors, self_label_loss, twist_loss
 from model import BatchNorm, Twist
 from optim import param_groups, warmup_cosine
 from pictures import sharpest_with_nbs
+from predictions import predict
 from views import build_views
 
 torch.set_num_threads(1)                   # two are faster, if nothing else runs

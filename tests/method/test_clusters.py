@@ -10,9 +10,10 @@ from processes import metrics_of
 from sklearn.cluster import KMeans
 
 from checkpoint import save_checkpoint
-from cluster_eval import evaluate, predict
+from cluster_eval import evaluate
 from clusters import cluster_features, kmeans, kmeans_plus_plus, lloyd, nearest_centres
 from data import build_dataset, eval_batches
+from predictions import predict
 from pretrained import load_twist
 
 

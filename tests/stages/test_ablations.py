@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster_eval import evaluate, predict
+from cluster_eval import evaluate
 from data import build_dataset, eval_batches
+from predictions import predict
 from pretrained import load_twist
 
 ROOT = Path(__file__).parents[2]

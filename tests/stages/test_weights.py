@@ -5,8 +5,9 @@ import json
 import pytest
 from processes import ROOT
 
-from cluster_eval import evaluate, predict
+from cluster_eval import evaluate
 from data import build_dataset, eval_batches
+from predictions import predict
 from pretrained import load_twist
 
 WEIGHTS = ROOT / "weights"
