@@ -100,8 +100,11 @@ def agreement(classes):
     classes: n tensors [N] of ids. Networks number their classes differently; cluster_eval.evaluate matches
     them one to one, as it does clusters and true classes. Returns n numbers from 0 to 1.
     """
-    shares = [[evaluate(a.numpy(), b.numpy())["acc"] for b in classes] for a in classes]
-    return [(sum(row) - 1) / (len(classes) - 1) for row in shares]         # without that with itself, 1
+    agreements = []
+    for a in classes:
+        shares = [evaluate(a.numpy(), b.numpy())["acc"] for b in classes]
+        agreements.append((sum(shares) - 1) / (len(classes) - 1))          # without that with itself, 1
+    return agreements
 
 
 @torch.no_grad()

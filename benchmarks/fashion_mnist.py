@@ -45,7 +45,7 @@ from pretrained import load_twist  # noqa: E402
 
 RECIPES = {       # name: (the recipe whose network it starts from, command)
     "classes": (None, ["pretrain.py"]),
-    "one network": (None, ["pretrain.py", "--arch", "resnet8_2x2", "--restarts", "1"]),
+    "2 × 2 places": (None, ["pretrain.py", "--arch", "resnet8_2x2"]),
     "representation": (None, ["pretrain.py", "@recipes/fashion_mnist_representation.txt"]),
     "self-labelled": ("classes", ["selflabel.py", "@recipes/fashion_mnist_selflabel.txt"]),
     "linear": ("representation", ["lincls.py", "@recipes/fashion_mnist_lincls.txt"]),
@@ -56,7 +56,7 @@ RECIPES = {       # name: (the recipe whose network it starts from, command)
     "10 % from scratch": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt",
                                              "--lr", "0.03", "--random-init"]),
 }
-FIND_CLASSES = ("classes", "one network", "self-labelled")
+FIND_CLASSES = ("classes", "2 × 2 places", "self-labelled")
 SEEDS_OF_THE_REST = 5
 ALL_ROUNDINGS = ["default", "avx2", "avx512"]
 KEY = ("recipe", "seed", "threads", "rounding")
