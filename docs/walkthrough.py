@@ -362,7 +362,7 @@ plt.show()
 # %% [markdown]
 # Sixty steps of it change little: the scores are those of 2,000 images, so differences below 0.02 mean
 # nothing, and NBS bounds the confidence. `selflabel.py` takes 468 steps after a full training. It raised ACC
-# from 0.733 to 0.740 (means of three seeds, [measurements](docs/benchmarks.md)).
+# from 0.731 to 0.733 (means of five seeds, [measurements](docs/benchmarks.md)).
 
 # %% [trained]
 optimizer = torch.optim.AdamW(param_groups(network, weight_decay=1e-4), lr=0.0, betas=(0.9, 0.99))
