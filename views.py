@@ -49,6 +49,8 @@ VIEWS = {                        # published recipes: first global crop, second,
         dict(scale=(0.1, 0.4), jitter=(0.8, 0.4, 0, 0), jitter_each=True),),
 }
 VIEWS["mnist"] = tuple(view | dict(flip=0) for view in VIEWS["fashion-mnist"])    # a mirrored digit is none
+# For features: neighbours are better, classes less certain. It was `fashion-mnist` until version 0.7.0.
+VIEWS["contrast"] = tuple(view | dict(jitter=(0.8, 0.8, 0, 0)) for view in VIEWS["fashion-mnist"])
 
 
 def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, min_scale=0,

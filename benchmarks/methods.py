@@ -48,7 +48,7 @@ from predictions import predict  # noqa: E402
 from pretrained import load_pretrained, load_twist  # noqa: E402
 from views import build_views  # noqa: E402
 
-SAME = ["--image-size", "20", "--batch-size", "128"]
+SAME = ["--views", "fashion-mnist", "--image-size", "20", "--batch-size", "128"]
 AREAS = ["0.4", "0.55", "0.7"]       # smallest share of a picture that a crop shows
 # name: (a stage's command, or lightly's loss with its arguments and the projector's widths; axes of settings)
 METHODS = {
