@@ -64,9 +64,9 @@ class Restarts:
 
     def keep(self, number, run):
         """Remembers the candidate that has just ended."""
-        # copied first, because `classify` moves the running statistics
+        # copied first, because the views move the running statistics
         states = copy.deepcopy([part.state_dict() for part in (*self.networks, self.optimizer)])
-        loss, classes = classify(self.networks[0], self.batches, self.args, self.device)
+        loss, classes = on_fresh_views(self.networks[0], self.batches, self.args, self.device)
         run.say(f"candidate {number} of {self.count}: loss {loss:.4f} on fresh views")
         run.write(dict(step=run.step, candidate=number, fresh_views_loss=loss))
         self.ended.append(dict(loss=loss, classes=classes, states=states))
@@ -108,7 +108,7 @@ def agreement(classes):
 
 
 @torch.no_grad()
-def classify(model, batches, args, device, num_images=2048):
+def on_fresh_views(model, batches, args, device, num_images=2048):
     """(TWIST's loss, classes [N]) of two views of each image, which the model is not trained on.
 
     The loss is a number; the class is that of the mean of both views. The model stays in training mode, since

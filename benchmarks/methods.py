@@ -67,6 +67,7 @@ METHODS = {
     "SEED": (["distill.py", "@recipes/fashion_mnist_seed.txt"],
              {"min-scale": AREAS, "lr": ["0.002", "0.004", "0.008"]}),
 }
+TEACHER_EPOCHS, EPOCHS = 2, 4
 SCORES = ("held_out", "acc", "kmeans_acc", "knn", "linear", "minutes")
 COLUMNS = ("method", "settings", "epochs", "seed", *SCORES)
 
@@ -149,7 +150,7 @@ def place(folder, method, settings, epochs, seed):
 
 def teacher_of(seed):
     """The run that teaches SEED: method, settings, epochs, seed."""
-    return "SEED teacher", {}, 2, seed
+    return "SEED teacher", {}, TEACHER_EPOCHS, seed
 
 
 def result(method, settings, epochs, seed, parts, folder, final):
@@ -243,7 +244,7 @@ def main(args):
     for method in args.methods:
         found = Results(method, parts, folder)
         settings = found.choose(METHODS[method][1])
-        epochs = 2 if method == "SEED teacher" else 4
+        epochs = TEACHER_EPOCHS if method == "SEED teacher" else EPOCHS
         results[method] = [found.get(settings, epochs, seed, final=True) for seed in args.seeds]
     table(results)
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {torch.get_num_threads()} threads")

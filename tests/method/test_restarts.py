@@ -14,7 +14,7 @@ from cli import parse_args
 from data import Batches, build_dataset
 from loss import twist_loss
 from optim import warmup_cosine
-from restarts import Restarts, agreement, classify
+from restarts import Restarts, agreement, on_fresh_views
 from views import build_views
 
 SMALL = "--data fake --image-size 16 --batch-size 64 --hidden-dim 32 --print-every 1 --knn-every 0"
@@ -59,13 +59,13 @@ def test_the_candidate_that_agrees_most_goes_on(found, losses, best, monkeypatch
         nn.init.constant_(network.weight, begun[-1])
         return network
 
-    def classify(network, *_):
+    def fresh(network, *_):
         network(torch.randn(8, 4))                       # moves the running statistics, as the real one does
         loss, classes = next(given)
         return float(loss), torch.tensor(classes)
 
     monkeypatch.setattr("restarts.build_network", new_network)
-    monkeypatch.setattr("restarts.classify", classify)
+    monkeypatch.setattr("restarts.on_fresh_views", fresh)
     restarts = Restarts(ARGS, {}, None, 28, None, model, teacher, optimizer)
     assert (restarts.trial, restarts.schedule_steps) == (6, 16)
     for log.step in range(28):
@@ -120,7 +120,7 @@ def test_the_schedule_ends_with_the_run(count, total_steps, monkeypatch):
     model = nn.Linear(1, 1)
     optimizer, log = torch.optim.AdamW(model.parameters()), Log()
     monkeypatch.setattr("restarts.build_network", lambda config, drop_path: nn.Linear(1, 1))
-    monkeypatch.setattr("restarts.classify", lambda *_: (0.0, torch.arange(4)))
+    monkeypatch.setattr("restarts.on_fresh_views", lambda *_: (0.0, torch.arange(4)))
     args = SimpleNamespace(**vars(ARGS) | dict(restarts=count))
     restarts = Restarts(args, {}, None, total_steps, None, model, None, optimizer)
     schedule = []
@@ -140,7 +140,7 @@ def test_loss_and_classes_are_those_of_all_images_together():
             seen.append([view.flatten(1)[:, :10] for view in x])
             return torch.stack(seen[-1])
     batches = Batches(dataset, 64, views, 0)
-    loss, classes = classify(Model(), batches, args, torch.device("cpu"), num_images=200)
+    loss, classes = on_fresh_views(Model(), batches, args, torch.device("cpu"), num_images=200)
     assert len(seen) == 3                                # whole batches only
     joined = torch.stack([torch.cat(view) for view in zip(*seen, strict=True)])       # [2, 192, 10]
     assert loss == pytest.approx(twist_loss(joined).total.item(), abs=1e-6)
