@@ -5,12 +5,13 @@
 
 A run is a line of OUTPUT_DIR/results.csv. What finds classes runs with 10 seeds, 1 and 2 threads and each
 rounding of this CPU: ATEN_CPU_CAPABILITY makes PyTorch use the instructions of older ones, which round
-otherwise. The rest runs with the first 5 seeds and one thread. Seeds begin at 10, since settings were chosen
-with smaller ones.
+otherwise, in float32; bf16 is the default of a CPU that has it. The rest runs with the first 5 seeds, one
+thread and the last rounding. Seeds begin at 10, since settings were chosen with smaller ones.
 
 ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitted on the training pixels.
-20-NN: cosine, T = 0.07, against all 60,000 labelled training images. Linear: multinomial logistic regression
-on centred and scaled features. Its C is chosen on 10,000 held-out training images; then it is fitted on all.
+20-NN: cosine, T = 0.07, against all 60,000 labelled training images; whitened: the same with knn.py
+--whiten. Linear: multinomial logistic regression on centred and scaled features. Its C is chosen on 10,000
+held-out training images; then it is fitted on all.
 top1: lincls.py and semisup.py on the test images, from the backbone of `representation`. cpu_seconds: of all
 threads of the command, its start-up included; of a run that was stopped and resumed, its last part alone.
 """
@@ -37,9 +38,10 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import write_atomically  # noqa: E402
+from cli import has_bf16  # noqa: E402
 from cluster_eval import evaluate  # noqa: E402
 from data import build_dataset, eval_batches  # noqa: E402
-from knn import extract_features, knn_predict  # noqa: E402
+from knn import extract_features, knn_predict, whiten  # noqa: E402
 from predictions import predict  # noqa: E402
 from pretrained import load_twist  # noqa: E402
 
@@ -60,20 +62,23 @@ FIND_CLASSES = ("classes", "2 × 2 places", "self-labelled")
 SEEDS_OF_THE_REST = 5
 ALL_ROUNDINGS = ["default", "avx2", "avx512"]
 KEY = ("recipe", "seed", "threads", "rounding")
-COLUMNS = ("acc", "nmi", "ari", "ami", "knn", "linear", "top1", "minutes", "cpu_seconds")
+COLUMNS = ("acc", "nmi", "ari", "ami", "knn", "whitened", "linear", "top1", "minutes", "cpu_seconds")
 
 
 def roundings():
-    """The values of ATEN_CPU_CAPABILITY that this CPU has, from the oldest instructions on."""
+    """The values of ATEN_CPU_CAPABILITY that this CPU has, oldest instructions first; bf16 if it has it."""
     best = torch.backends.cpu.get_cpu_capability().lower()
-    return ALL_ROUNDINGS[:1 + ALL_ROUNDINGS.index(best)] if best in ALL_ROUNDINGS else ["default"]
+    found = ALL_ROUNDINGS[:1 + ALL_ROUNDINGS.index(best)] if best in ALL_ROUNDINGS else ["default"]
+    return found + ["bf16"] * has_bf16()
 
 
 ROUNDINGS = roundings()
 
 
-def knn_accuracy(train_features, train, features, test):
+def knn_accuracy(train_features, train, features, test, whitened=False):
     """20-NN accuracy on the test set; train, test: ImageSets, which hold the labels."""
+    if whitened:
+        train_features, features = whiten(train_features, features)
     scores = knn_predict(train_features, train.labels, features, k=20, temperature=0.07, num_classes=10)
     return (scores.argmax(1) == test.labels).double().mean().item()
 
@@ -96,6 +101,7 @@ def pixels(train, test, seeds):
     x, x_test = (part.images.flatten(1).float() / 255 for part in (train, test))
     mean = x.mean(0)
     yield dict(recipe="pixels", knn=knn_accuracy(x, train, x_test, test),
+               whitened=knn_accuracy(x, train, x_test, test, whitened=True),
                linear=linear_accuracy(x.numpy(), train, x_test.numpy(), test))
     yield dict(recipe="pixels, centred", knn=knn_accuracy(x - mean, train, x_test - mean, test))
     for seed in seeds:
@@ -111,7 +117,10 @@ def trained(run, train, test, folder):
     command = [sys.executable, *command, "--seed", str(seed), "--output-dir", str(place(folder, run))]
     if origin:
         command += ["--checkpoint", str(place(folder, (origin, *run[1:])) / "checkpoint.pth")]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), ATEN_CPU_CAPABILITY=rounding)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    if rounding != "bf16":               # which a stage chooses by itself, where it is made for that
+        environment["ATEN_CPU_CAPABILITY"] = rounding
+        command += ["--amp", "off"]
     start, cpu_start = time.time(), cpu_seconds()
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     row = dict(recipe=recipe, seed=seed, threads=threads, rounding=rounding,
@@ -126,6 +135,7 @@ def trained(run, train, test, folder):
         features, test_features = (extract_features(network.backbone, eval_batches(part, config, "cpu"))
                                    for part in (train, test))
         row["knn"] = knn_accuracy(features, train, test_features, test)
+        row["whitened"] = knn_accuracy(features, train, test_features, test, whitened=True)
         row["linear"] = linear_accuracy(features.numpy(), train, test_features.numpy(), test)
     return row
 

@@ -11,7 +11,8 @@ training images against the other 50,000. With the best, a method trains for fou
 
 ACC: predicted classes of the 10,000 test images, matched to the true ones. The predictions are those of
 TWIST's head, or of k-means on the L2-normalised features of the training images (10 clusters, best of 10
-starts), which any backbone has. 20-NN, linear: as in fashion_mnist.py. Minutes: training and its start-up.
+starts), which any backbone has. 20-NN, whitened, linear: as in fashion_mnist.py. Minutes: training and its
+start-up.
 SEED: a larger network, pre-trained by TWIST with the same seed, teaches. The other rows have no teacher.
 
 Each run is a line of OUTPUT_DIR/METHOD.csv, so that the same command goes on, and commands for different
@@ -68,7 +69,7 @@ METHODS = {
              {"min-scale": AREAS, "lr": ["0.002", "0.004", "0.008"]}),
 }
 TEACHER_EPOCHS, EPOCHS = 2, 4
-SCORES = ("held_out", "acc", "kmeans_acc", "knn", "linear", "minutes")
+SCORES = ("held_out", "acc", "kmeans_acc", "knn", "whitened", "linear", "minutes")
 COLUMNS = ("method", "settings", "epochs", "seed", *SCORES)
 
 
@@ -112,8 +113,9 @@ def train(loss_function, widths, dataset, args):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
         images, uniforms, _ = batches[step]
-        z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
-        loss = loss_function(z1, z2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.amp == "bf16"):
+            z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
+        loss = loss_function(z1.float(), z2.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,6 +179,7 @@ def result(method, settings, epochs, seed, parts, folder, final):
     kmeans = KMeans(10, n_init=10, random_state=seed).fit(x)
     row["kmeans_acc"] = evaluate(labels, kmeans.predict(x_test).astype(int))["acc"]
     row["knn"] = knn_accuracy(features, train_set, test_features, test_set)
+    row["whitened"] = knn_accuracy(features, train_set, test_features, test_set, whitened=True)
     row["linear"] = linear_accuracy(features.numpy(), train_set, test_features.numpy(), test_set)
     return row
 
@@ -214,8 +217,8 @@ class Results:
 
 def table(results):
     """Prints one row per method: the mean of each column over the seeds, and (least to greatest)."""
-    print("| method | settings | seeds | held-out 20-NN | ACC | ACC, k-means | 20-NN | linear | minutes |\n"
-          + "|---" * 9 + "|")
+    print("| method | settings | seeds | held-out 20-NN | ACC | ACC, k-means | 20-NN | whitened | linear | "
+          "minutes |\n" + "|---" * 10 + "|")
     for method, rows in results.items():
         cells = [method, f"`{rows[0]['settings']}`" if rows[0]["settings"] else "", str(len(rows))]
         for column in SCORES:

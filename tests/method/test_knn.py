@@ -10,12 +10,21 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from processes import metrics_of, run
+from sklearn.decomposition import PCA
 
 import data
 import knn
 from checkpoint import UserError, save_checkpoint
 from data import build_dataset, eval_batches
-from knn import extract_features, knn_images, knn_predict, nearest_neighbours, scores_to_watch, vote
+from knn import (
+    extract_features,
+    knn_images,
+    knn_predict,
+    nearest_neighbours,
+    scores_to_watch,
+    vote,
+    whiten,
+)
 from model import build_backbone
 from predictions import predict, predict_part
 from pretrained import load_pretrained, load_twist
@@ -124,7 +133,84 @@ def test_mixed_precision_is_of_the_backbone_alone(network, dtype):
     assert same.equal(torch.from_numpy(features))
 
 
+# ---------------------------------------------------------------- whitened
+def test_whitened_features_have_the_similarities_of_scikit_learns_pca():
+    train_features, _, features = map(torch.from_numpy, make())
+    mixed = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pca = PCA(whiten=True).fit(train_features @ mixed)
+    expected = torch.from_numpy(pca.transform(features @ mixed))
+    white_train, white = whiten(train_features @ mixed, features @ mixed, shrinkage=0)
+    assert white.dtype == white_train.dtype == torch.float32
+    expected = (expected @ expected.T).float() * 300 / 299     # scikit-learn divides by M - 1
+    torch.testing.assert_close(white @ white.T, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(white_train.T @ white_train / 300, torch.eye(16), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_linear_map_changes_whitened_neighbours(seed):
+    torch.manual_seed(seed)
+    train_features, train_labels, features = map(torch.from_numpy, make(seed=seed))
+    mixed, shift = torch.randn(16, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    scores = []
+    for pair in ((train_features, features), (train_features @ mixed + shift, features @ mixed + shift)):
+        white_train, white = whiten(*pair, shrinkage=0)
+        scores.append(knn_predict(white_train, train_labels, white, 20, 0.07, 7))
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
+
+
+def test_shrinkage_is_in_the_formula():
+    """Two directions, of variance 1 and 9, so the mean is 5; half of it is added."""
+    train_features = torch.tensor([[1.0, 3], [-1, 3], [1, -3], [-1, -3]])
+    white, _ = whiten(train_features + 7, train_features, shrinkage=0.5)
+    found = (white ** 2).mean(0).sort().values
+    torch.testing.assert_close(found, torch.tensor([1 / 3.5, 9 / 11.5]))
+
+
+def test_a_strong_direction_no_longer_hides_the_class():
+    """Brightness says nothing of the class, and varies 30 times as much as the rest."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 2, 600))
+    x = torch.from_numpy(rng.normal(size=(600, 8)))
+    x[:, 0] = 0.3 * x[:, 0] + labels
+    x[:, 1] *= 30
+    x = x @ torch.linalg.qr(torch.from_numpy(rng.normal(size=(8, 8))))[0]
+    right = []
+    for train_features, features in ((x[:500], x[500:]), whiten(x[:500], x[500:])):
+        scores = knn_predict(train_features, labels[:500], features, 20, 0.07, 2)
+        right.append((scores.argmax(1) == labels[500:]).float().mean())
+    assert right[0] < 0.75 and right[1] > right[0] + 0.1
+
+
+def test_fewer_images_than_features_and_features_all_alike():
+    train_features, train_labels, features = map(torch.from_numpy, make(M=10))
+    assert all(part.isfinite().all() for part in whiten(train_features, features))
+    alike = torch.ones(10, 16)
+    white_train, white = whiten(alike, features.float())
+    assert torch.equal(white_train, torch.zeros(10, 16)) and knn_predict(
+        white_train, train_labels, white_train, 5, 0.07, 7).isfinite().all()
+    for bad in (torch.nan, torch.inf):
+        train_features[3, 2] = bad
+        with pytest.raises(ValueError, match="features: contain NaN"):
+            whiten(train_features, features)
+
+
 # ---------------------------------------------------------------- the command
+def test_the_command_whitens(here, network, tmp_path):
+    for flags in ("", "--whiten"):
+        out, _ = here(f"knn.py --checkpoint {network} --k 5 --device cpu {flags} "
+                      f"--output-dir {tmp_path}/k{flags}")
+        assert (", whitened features\n" in out) is bool(flags)
+        metrics = metrics_of(tmp_path / f"k{flags}")
+        assert metrics["whiten"] is bool(flags)
+    backbone, config = load_pretrained(network)
+    parts = [build_dataset("fake", name, 0) for name in ("train", "test")]
+    white_train, white = whiten(*(extract_features(backbone, eval_batches(part, config, "cpu"))
+                                  for part in parts))
+    scores = knn_predict(white_train, parts[0].labels, white, 5, 0.07, 10)
+    expected = (scores.argmax(1) == parts[1].labels).double().mean().item()
+    assert metrics["top1"]["5"] == pytest.approx(expected, abs=1 / 256)
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_command(here, network, tmp_path, monkeypatch, interpolation):
     def shuffled(*args, **options):          # labels that no feature tells, so that no accuracy is 1

@@ -52,9 +52,10 @@ def test_a_benchmark_that_was_stopped_makes_the_runs_that_are_left(made, tmp_pat
 def test_an_untrained_network_is_scored(monkeypatch, tmp_path):
     """The command gets the run's threads and rounding; the scores are those of its checkpoint."""
     seen = []
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
 
     def train(command, cwd, check, env):
-        seen.append((command[1:], env["OMP_NUM_THREADS"], env["ATEN_CPU_CAPABILITY"]))
+        seen.append((command[1:], env["OMP_NUM_THREADS"], env.get("ATEN_CPU_CAPABILITY")))
         out = Path(command[command.index("--output-dir") + 1])
         out.mkdir()
         saved_network(out / "checkpoint.pth", "--data fashion-mnist --image-size 12")
@@ -62,10 +63,20 @@ def test_an_untrained_network_is_scored(monkeypatch, tmp_path):
     train_set, test_set = (build_dataset("fashion-mnist", part).subset(slice(200))
                            for part in ("train", "test"))
     monkeypatch.setattr(fashion_mnist, "linear_accuracy", lambda *_: 0.5)
-    run = ("classes", 3, 1, fashion_mnist.ROUNDINGS[-1])
-    row = fashion_mnist.trained(run, train_set, test_set, tmp_path)
-    assert seen == [(["pretrain.py", "--seed", "3", "--output-dir", str(fashion_mnist.place(tmp_path, run))],
-                     "1", fashion_mnist.ROUNDINGS[-1])]
-    assert {"acc", "nmi", "ari", "ami", "knn", "linear", "minutes", "cpu_seconds"} <= row.keys()
-    assert 0.1 <= row["acc"] <= 1 and 0.1 <= row["knn"] <= 1
-    assert "knn" not in fashion_mnist.trained(("classes", 9, 2, "default"), train_set, test_set, tmp_path)
+    monkeypatch.setattr(fashion_mnist, "ROUNDINGS", ["default", "avx2", "bf16"])
+    rows = []
+    for run in (("classes", 3, 1, "bf16"), ("classes", 9, 2, "avx2")):
+        rows.append(fashion_mnist.trained(run, train_set, test_set, tmp_path))
+    command = ["pretrain.py", "--seed", "3", "--output-dir", f"{tmp_path}/classes_3_1_bf16"]
+    assert seen[0] == (command, "1", None)                     # as a user types it
+    command = ["pretrain.py", "--seed", "9", "--output-dir", f"{tmp_path}/classes_9_2_avx2", "--amp", "off"]
+    assert seen[1] == (command, "2", "avx2")
+    assert {"acc", "nmi", "ari", "ami", "knn", "linear", "minutes", "cpu_seconds"} <= rows[0].keys()
+    assert 0.1 <= rows[0]["acc"] <= 1 and 0.1 <= rows[0]["knn"] <= 1 and "knn" not in rows[1]
+
+
+def test_bf16_is_the_last_rounding_of_a_cpu_that_has_it(monkeypatch):
+    monkeypatch.setattr(fashion_mnist.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for has, expected in ((False, ["default", "avx2"]), (True, ["default", "avx2", "bf16"])):
+        monkeypatch.setattr(fashion_mnist, "has_bf16", lambda has=has: has)
+        assert fashion_mnist.roundings() == expected
