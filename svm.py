@@ -23,11 +23,10 @@ from torchvision.transforms.functional import resize
 
 from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from data import ImageSet, input_of
+from data import CentreCrops, ImageSet, eval_batches
 from lincls import build_reader
 from pretrained import load_network, network_flags, to_device
 from run import make_evaluation_folder
-from views import normalize
 
 FOLDS = 3                        # of the cross-validation
 
@@ -56,6 +55,8 @@ def get_parser():
     add("--device", default=DEVICES[0], choices=DEVICES, help="of the network")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+    add("--batch-size", type=at_least(1), default=64, help="images per forward pass")
+    add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--seed", type=at_least(0), default=0, help="draws the images of each k")
     return parser
 
@@ -73,20 +74,23 @@ def read_voc(data, part):
     return [root / f"JPEGImages/{image}.jpg" for image in images[:, 0]], labels.astype(int)
 
 
-def read_features(parts, read, size, mean, std, device):
-    """Features [N, D] of unit length of all readable pictures; read: inputs [1, 3, size, size] -> a map.
+class Squares(CentreCrops):
+    """Whole pictures, squashed to size × size; first the shorter side is resized, as published."""
+
+    def __getitem__(self, index):
+        picture = self.dataset[index]
+        return None if picture is None else resize(resize(picture, [self.side]), [self.size, self.size])
+
+
+def read_features(parts, read, config, args):
+    """Features [N, D] of unit length of all readable pictures; read: inputs [B, 3, size, size] -> maps.
 
     Nothing waits for a CUDA device before the last picture; those of VOC07 take at most 0.4 GB there.
     """
-    rows, on_cuda = [], torch.device(device).type == "cuda"
+    rows = []
     for part in parts:
-        for i in range(len(part)):
-            picture = part[i]
-            if picture is not None:
-                picture = resize(resize(picture, [round(size * 256 / 224)]), [size, size])
-                picture = picture.pin_memory() if on_cuda else picture
-                x = normalize(picture[None].to(device, non_blocking=on_cuda) / 255, mean, std)
-                rows.append(torch.nn.functional.normalize(read(x).float().flatten(1)))
+        for x in eval_batches(part, config, args.device, args.batch_size, args.workers, Squares):
+            rows.append(torch.nn.functional.normalize(read(x).float().flatten(1)))
     return torch.cat(rows).cpu()
 
 
@@ -199,7 +203,7 @@ def main(args):
     def read_map(images):
         return read(images)[args.depth - 1]
 
-    x = read_features(parts, read_map, *input_of(config), args.device)
+    x = read_features(parts, read_map, config, args)
     y, test_y = (part.readable().labels.numpy() for part in parts)                # [N of the part, C]
     num_broken = len(parts[0]) + len(parts[1]) - len(x)
     if max(numbers, default=0) > most_shots(y, rest):

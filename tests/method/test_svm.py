@@ -16,6 +16,7 @@ from sklearn.svm import LinearSVC
 from torchvision.transforms.functional import resize
 
 import checkpoint
+import data
 import pretrained
 import svm
 from data import read_picture
@@ -188,11 +189,11 @@ def start(here, network, voc, tmp_path):
 def test_pictures_are_squashed_as_pillow_does(start, voc, tmp_path, monkeypatch):
     """Shorter side to 256, then to a square, both bilinear and in bytes, whichever way the picture lies."""
     shutil.copytree(voc, tmp_path / "voc")
-    photograph, squashed, normalize = load_sample_image("china.jpg").copy(), [], svm.normalize    # 427 × 640
+    photograph, squashed, normalize = load_sample_image("china.jpg").copy(), [], data.normalize    # 427 × 640
     pictures = [photograph, photograph.transpose(1, 0, 2)]
     for part, picture in zip(("trainval", "test"), pictures, strict=True):
         Image.fromarray(picture.copy()).save(tmp_path / f"voc/JPEGImages/{part}000.jpg", format="PNG")
-    monkeypatch.setattr(svm, "normalize", lambda x, *how: squashed.append(x[0] * 255) or normalize(x, *how))
+    monkeypatch.setattr(data, "normalize", lambda x, *how: squashed.extend(x * 255) or normalize(x, *how))
     network = saved_network(tmp_path / "resnet8.pth", "--data fake --arch resnet8 --image-size 224")
     start(f"--checkpoint {network} --data {tmp_path}/voc --shots 1 --samples 1")
     assert len(squashed) == 100
@@ -255,6 +256,16 @@ def test_as_a_user_runs_it_and_by_hand(start, network, voc, tmp_path):
         assert found[str(k)]["map"] == pytest.approx(aps[:, best].mean(), abs=1e-3)
         assert found[str(k)]["std"] == pytest.approx(aps[:, best].std(), abs=1e-3)
         assert [each[str(k)]["map"] for each in alone] == pytest.approx(list(aps.mean(0)), abs=1e-3)
+
+
+def test_batches_and_workers_change_nothing(start, monkeypatch):
+    kept = []
+    monkeypatch.setattr(svm, "read_features", lambda *args: kept.append(read_features(*args)) or kept[-1])
+    for flags in ("--batch-size 1 --workers 0", "--batch-size 64 --workers 0", "--batch-size 7 --workers 2"):
+        start(flags)
+    assert len(kept[0]) == 100
+    for features in kept[1:]:
+        torch.testing.assert_close(features, kept[0], rtol=0, atol=1e-6)
 
 
 def test_half_precision_is_near(start, monkeypatch):

@@ -200,19 +200,22 @@ def test_recipes_and_flags_with_underscores(here, tmp_path):
 
 
 # ---------------------------------------------------------------- the default run
-def test_a_hundred_steps_of_the_default_run(here, monkeypatch, tmp_path):
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_hundred_steps_of_the_default_run(amp, here, monkeypatch, tmp_path):
     """Seeds 0 to 4 end at -0.39 to -0.46; crops of 8 % at -0.20, no NBS at -1.15, --lr 5e-5 at -0.05."""
     build = pretrain.build_dataset
     monkeypatch.setattr(pretrain, "build_dataset",
                         lambda *args, **options: build(*args, **options).subset(slice(12_800)))
-    here(f"pretrain.py --epochs 1 --restarts 1 --print-every 10 --knn-every 0 --output-dir {tmp_path}/run")
+    here("pretrain.py --epochs 1 --restarts 1 --print-every 10 --knn-every 0 "
+         f"--amp {amp} --output-dir {tmp_path}/run")
     losses = [line["loss"] for line in log_lines(tmp_path / "run") if "loss" in line]
     assert len(losses) == 10 and -0.6 < sum(losses[-3:]) / 3 < -0.3
 
 
 @pytest.mark.slow
-def test_the_default_run_finds_the_classes(tmp_path):
-    run(f"pretrain.py --output-dir {tmp_path}/run")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_default_run_finds_the_classes(amp, tmp_path):
+    run(f"pretrain.py --amp {amp} --output-dir {tmp_path}/run")
     run(f"cluster_eval.py --checkpoint {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/classes")
     assert metrics_of(tmp_path / "classes")["acc"] >= 0.70
 
