@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def launch(main, parser, argv=None):
     lost, or a bug, which keeps its traceback. 130: Ctrl-C before the run can save.
     """
     keep_memory()
+    # the flag that PyTorch 2.14 wants in its place is unknown to 2.5
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")        # a pipe on Windows lacks most letters
     args = parse_args(parser, argv)
