@@ -70,19 +70,8 @@ def parse_args(parser, argv=None):
     args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
     del args.local_rank
     if getattr(args, "amp", None) == "auto":
-        trains = hasattr(args, "resume")             # evaluations on a CPU keep every digit
-        is_faster = args.device == "cuda" or args.device == "cpu" and trains and has_bf16()
-        args.amp = "bf16" if is_faster else "off"
+        args.amp = "bf16" if args.device == "cuda" else "off"
     return args
-
-
-def has_bf16():
-    """Whether this CPU multiplies bfloat16 by itself (AVX512_BF16). Others imitate it, slower than float32.
-
-    An older PyTorch cannot tell, which counts as no, and so does ATEN_CPU_CAPABILITY=avx2.
-    """
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return known.get("avx512_bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _words(line, parser):

@@ -45,7 +45,6 @@ DEFAULT = {
 def train(tree, command, out):
     """Runs a stage in a tree unless its folder has a finished run; returns its weights."""
     script, *flags = command.split()
-    flags = ["--amp", "off", *flags]         # from 0.9.0 on the default is bf16, where a CPU has it
     if script == "barlow.py" and not (tree / script).exists():          # it was a flag of pretrain.py
         script, flags = "pretrain.py", ["--loss", "barlow", *flags]
     subprocess.run([sys.executable, script, *flags, "--output-dir", str(out)], cwd=tree, check=True,

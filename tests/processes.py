@@ -23,7 +23,6 @@ import pytest
 import torch
 
 import checkpoint
-import cli
 import pretrain
 from cli import launch, parse_args
 from model import build_network
@@ -50,8 +49,6 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", *STAGES, "cluster_eval", "knn", "embed", "svm",
                               "transfer", "matplotlib.pyplot"])
 STARTED = []
-HAS_BF16 = cli.has_bf16
-cli.has_bf16 = lambda: False     # tests mean the same on every CPU; those of bf16 ask for it by --amp
 
 
 @functools.cache

@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import (
-    HAS_BF16,
     ROOT,
     STAGES,
     bounds_of,
@@ -257,36 +256,9 @@ def test_flags_that_parse_args_resolves():
     for words in (["--local-rank", "1"], ["--local_rank=1"], []):
         args = parse_args(flags_parser(), words)
         assert "local_rank" not in args and args.num_classes == 10
-
-
-@pytest.mark.parametrize("device, amp, has_bf16, training, evaluation", [
-    ("cpu", "auto", False, "off", "off"), ("cpu", "auto", True, "bf16", "off"),
-    ("cuda", "auto", False, "bf16", "bf16"), ("mps", "auto", True, "off", "off"),
-    ("cuda", "off", True, "off", "off"), ("cpu", "off", True, "off", "off"),
-    ("cpu", "bf16", False, "bf16", "bf16")])
-def test_the_precision_that_auto_means(device, amp, has_bf16, training, evaluation, monkeypatch):
-    monkeypatch.setattr(cli, "has_bf16", lambda: has_bf16)
-    found = []
-    for stage in ("pretrain", "embed"):
-        parser = importlib.import_module(stage).get_parser()
-        for action in parser._actions:                         # this machine may have no such device
-            action.choices = None if action.dest == "device" else action.choices
-        words = ["--device", device, "--amp", amp, *["--checkpoint", "a.pth"] * (stage == "embed")]
-        found.append(parse_args(parser, words).amp)
-    assert found == [training, evaluation]
-
-
-@pytest.mark.parametrize("known, capability, expected", [
-    (dict(avx512_bf16=True), "AVX512", True), (dict(avx512_bf16=True), "AVX2", False),
-    (dict(avx512_bf16=False), "AVX512", False), (dict(bf16=True), "DEFAULT", False), (None, "AVX512", False)])
-def test_a_cpu_that_has_bf16(known, capability, expected, monkeypatch):
-    """None: a PyTorch that cannot tell. ATEN_CPU_CAPABILITY lowers the capability."""
-    if known is None:
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert HAS_BF16() is expected
+    for device, amp, expected in (("cpu", "auto", "off"), ("mps", "auto", "off"), ("cuda", "auto", "bf16"),
+                                  ("cuda", "off", "off"), ("cpu", "bf16", "bf16")):
+        assert parse_args(flags_parser(), ["--device", device, "--amp", amp]).amp == expected
 
 
 @pytest.mark.parametrize("words, message", [

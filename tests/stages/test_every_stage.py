@@ -120,7 +120,7 @@ def test_killed_run_resumes_to_the_same_bits(stage, straight, tmp_path):
 
 @pytest.mark.parametrize("stage", ["pretrain", "barlow", "selflabel", "distill"])
 def test_bf16_is_float32_but_for_rounding_and_resumes_to_the_same_bits(stage, straight, tmp_path):
-    """These stages train in bf16 by default, on a CPU that has it; a bf16 number has 8 bits."""
+    """A bf16 number has 8 bits; some CPUs are faster with them."""
     flags, in_float32, *_ = straight(stage)
     for out in (tmp_path / "whole", tmp_path / "killed"):
         die = functools.partial(die_after_a_save, 2) if out.name == "killed" else None

@@ -213,9 +213,8 @@ def test_a_hundred_steps_of_the_default_run(amp, here, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_the_default_run_finds_the_classes(amp, tmp_path):
-    run(f"pretrain.py --amp {amp} --output-dir {tmp_path}/run")
+def test_the_default_run_finds_the_classes(tmp_path):
+    run(f"pretrain.py --output-dir {tmp_path}/run")
     run(f"cluster_eval.py --checkpoint {tmp_path}/run/checkpoint.pth --output-dir {tmp_path}/classes")
     assert metrics_of(tmp_path / "classes")["acc"] >= 0.70
 
