@@ -551,10 +551,10 @@ class CentreCrops(torch.utils.data.Dataset):
         return torchvision.transforms.functional.center_crop(image[0], self.size)
 
 
-def eval_batches(dataset, config, device, batch_size=512, workers=0, crops=CentreCrops):
+def eval_batches(dataset, config, device, batch_size=512, workers=0, crop_class=CentreCrops):
     """Yields all images in their order, as inputs [B, 3, size, size] of the network trained with `config`.
 
-    Nothing is augmented: files give `crops`, images in memory are resized if the network's size differs.
+    Nothing is augmented: files are cut by crop_class, images in memory resized if the network's size differs.
     Broken files are left out; those that were yielded are dataset.readable() afterwards. No batch waits for a
     CUDA device: files come from pinned memory, images in memory are copied there once.
     """
@@ -562,7 +562,7 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0, crops=Centr
     on_cuda = torch.device(device).type == "cuda"
     interpolation = config.get("interpolation", "bicubic")
     if dataset.images is None:
-        crops = crops(dataset, size, interpolation, config.get("resize_side"), batch_size)
+        crops = crop_class(dataset, size, interpolation, config.get("resize_side"), batch_size)
         batches = torch.utils.data.DataLoader(
             crops, batch_size, **loader_workers(workers, crops), collate_fn=_stack_readable,
             worker_init_fn=own_group, pin_memory=on_cuda,

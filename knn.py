@@ -82,7 +82,7 @@ def whiten(train_features, features, shrinkage=0.001):
         raise ValueError("features: contain NaN or infinity")
     variances, directions = torch.linalg.eigh(covariance)
     variances += shrinkage * variances.mean()
-    smallest = 1e-12 * variances.max() + 1e-300           # rounding leaves less, even below 0
+    smallest = 1e-12 * variances.max() + 1e-300           # rounding leaves less; of equal features all is 0
     matrix = directions / variances.clamp(min=smallest).sqrt()
 
     def whitened(x):                                      # in parts, as float64 takes twice the memory

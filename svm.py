@@ -89,7 +89,8 @@ def read_features(parts, read, config, args):
     """
     rows = []
     for part in parts:
-        for x in eval_batches(part, config, args.device, args.batch_size, args.workers, Squares):
+        for x in eval_batches(part, config, args.device, args.batch_size, args.workers,
+                              crop_class=Squares):
             rows.append(torch.nn.functional.normalize(read(x).float().flatten(1)))
     return torch.cat(rows).cpu()
 

@@ -113,9 +113,8 @@ def train(loss_function, widths, dataset, args):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, total_steps, warmup_steps, peak_lr, 0.001 * peak_lr)
         images, uniforms, _ = batches[step]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.amp == "bf16"):
-            z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
-        loss = loss_function(z1.float(), z2.float())
+        z1, z2 = (network(x) for x in views(images, uniforms))     # each with batch statistics of its own
+        loss = loss_function(z1, z2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

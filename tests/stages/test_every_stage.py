@@ -122,15 +122,14 @@ def test_killed_run_resumes_to_the_same_bits(stage, straight, tmp_path):
 def test_bf16_is_float32_but_for_rounding_and_resumes_to_the_same_bits(stage, straight, tmp_path):
     """A bf16 number has 8 bits; some CPUs are faster with them."""
     flags, in_float32, *_ = straight(stage)
-    for out in (tmp_path / "whole", tmp_path / "killed"):
-        die = functools.partial(die_after_a_save, 2) if out.name == "killed" else None
-        code = -signal.SIGKILL if die else 0
-        said, _ = finish(begin(stage, f"{flags} --amp bf16", out, prepare=die), code)
-        assert "cpu, amp bf16" in said
-    finish(begin(stage, f"{flags} --amp bf16", out))
-    assert resumed_from(out) == [6]
-    assert_same_run(tmp_path / "whole", out)
-    exact, rounded = ([line["loss"] for line in losses(folder)] for folder in (in_float32, out))
+    whole, killed, die = tmp_path / "whole", tmp_path / "killed", functools.partial(die_after_a_save, 2)
+    said, _ = finish(begin(stage, f"{flags} --amp bf16", whole))
+    assert "cpu, amp bf16" in said
+    finish(begin(stage, f"{flags} --amp bf16", killed, prepare=die), -signal.SIGKILL)
+    finish(begin(stage, f"{flags} --amp bf16", killed))
+    assert resumed_from(killed) == [6]
+    assert_same_run(whole, killed)
+    exact, rounded = ([line["loss"] for line in losses(folder)] for folder in (in_float32, whole))
     assert rounded[0] == pytest.approx(exact[0], rel=0.01) and rounded[0] != exact[0]
     assert rounded[:5] == pytest.approx(exact[:5], rel=0.05)   # later, paths part as with another seed
 
