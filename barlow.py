@@ -67,7 +67,7 @@ def get_parser():
     add("--lr", type=at_least(0, float), default=4e-3,
         help="peak learning rate for batch size 256; scaled linearly for others")
     add("--bias-lr", type=at_least(0, float), default=1.0,
-        help="learning rate of biases and norms, as a multiple of --lr")
+        help="learning rate of biases, norms, position embeddings and class tokens, as a multiple of --lr")
     add("--warmup-epochs", type=at_least(0, float), default=0.1, help="epochs of linear warm-up")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="of weight matrices and kernels")
     add("--weight-decay-end", type=at_least(0, float),
@@ -81,7 +81,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, and views")
+    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")

@@ -1,7 +1,7 @@
 """Files of weights: written atomically, verified before they are loaded, read from other projects as well.
 
-save_checkpoint and load_checkpoint keep the state of a run. load_twist and load_pretrained return the network
-of a file, load_backbone and load_head that of another project. The checks of hostile files stand at the end.
+save_checkpoint and load_checkpoint keep the state of a run. load_backbone and load_head read the network of
+another project; pretrained.py calls them. The checks of hostile files stand at the end.
 Wherever a file is read, a run's folder means its newest readable checkpoint.
 """
 
@@ -138,10 +138,6 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        with suppress(PermissionError):                 # Windows opens no folder
-            folder = os.open(path.parent, os.O_RDONLY)  # only a flushed one keeps a name in a power cut
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:                    # torch.save turns some into a RuntimeError
         if "DataLoader worker" in str(error):                   # a worker was killed meanwhile: not our error
             raise
@@ -151,7 +147,14 @@ def write_atomically(path, content):
             pass
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); its previous content is unchanged") from None
+        raise UserError(f"{path}: cannot be written ({reason}); make room or restore the folder, and run the "
+                        "same command") from None
+    with suppress(OSError):              # Windows opens no folder, and some file systems flush none
+        folder = os.open(path.parent, os.O_RDONLY)      # only a flushed one keeps a name in a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def is_ours(content):

@@ -37,7 +37,7 @@ from predictions import (
     read_predictions,
     write_assignments,
 )
-from pretrained import choose_input, load_network, load_twist, network_flags, to_device
+from pretrained import choose_input, fingerprint, load_network, load_twist, network_flags, to_device
 from run import make_evaluation_folder
 
 
@@ -60,7 +60,8 @@ def get_parser():
     add("--silhouette", action="store_true", help="of the clusters, by cosine distance of backbone features")
     add("--bn-images", type=at_least(2), default=0, metavar="N",
         help="take batch-norm statistics from N training images; without it those of the checkpoint")
-    add("--pixel-kmeans", action="store_true", help="for comparison, score k-means on the pixels")
+    add("--pixel-kmeans", action="store_true", help="for comparison, score k-means on the pixels of "
+        "the scored images")
     add = parser.add_argument_group("pictures and run").add_argument
     add("--images-per-cluster", type=at_least(1), default=12, help="on contact sheets")
     add("--contact-sheets", type=at_least(0), default=3,
@@ -78,7 +79,7 @@ def get_parser():
 def check(args):
     """Raises UserError for flags that do not go together; each by itself is checked by its type."""
     if (args.checkpoint is None) == (args.predictions is None):
-        raise UserError("--checkpoint or --predictions: give one of the two, not both")
+        raise UserError("--checkpoint or --predictions: one of the two is needed; give one FILE")
     for flag in ("key", "arch", "data", "kmeans", "map_from", "silhouette", "bn_images", "pixel_kmeans"):
         if args.predictions and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')}: needs a --checkpoint")
@@ -244,7 +245,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     check(args)
-    dataset, mapping, scored, seed, run = None, None, {}, 0, args.checkpoint
+    dataset, mapping, scored, seed, source, made_by = None, None, {}, 0, args.checkpoint, {}
     if args.predictions:
         title, split, part = args.predictions, "predicted", "predicted images"
         labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
@@ -257,12 +258,15 @@ def main(args):
         num_clusters = args.kmeans or config["num_classes"]
         part, cluster_names = dataset.part, range(num_clusters)
         class_names = dataset.class_names if dataset.labels is not None else None
-        mapping, class_names = name_clusters(args.map_from, args.class_names, num_clusters, class_names)
+        made_by = {"network_sha256": fingerprint(network), "bn_images": args.bn_images}
+        mapping, class_names = name_clusters(args.map_from, args.class_names, num_clusters, class_names,
+                                             made_by)
         if args.map_from:
             remarks.append(f"clusters are named by the mapping of {args.map_from}")
     out = make_evaluation_folder(args.output_dir)
-    metrics = {"checkpoint": run, "predictions": args.predictions, "data": title, "split": split,
+    metrics = {"checkpoint": source, "predictions": args.predictions, "data": title, "split": split,
                "num_images": len(labels if dataset is None else dataset), "num_clusters": num_clusters}
+    metrics |= made_by
 
     # ---------------------------------------------------------------- network, shared by the processes
     if dataset is not None:
@@ -288,13 +292,13 @@ def main(args):
         kept, features = dataset.subset(readable), features[readable].numpy()
         probabilities = None if args.kmeans else probabilities[readable].numpy()
         if not np.isfinite(features if args.kmeans else probabilities).all():
-            raise UserError(f"{run}: the network's output is not finite; take an earlier one")
+            raise UserError(f"{source}: the network's output is not finite; take an earlier one")
         if args.kmeans:
             fitted = fitted[(fitted != UNREADABLE).any(1)].numpy()
             predictions, confidences, inertia = cluster_features(
                 fitted, features, args.kmeans, args.kmeans_starts, seed, device)
             metrics["kmeans"] = {"num_train": len(fitted), "starts": args.kmeans_starts, "inertia": inertia}
-            run += f", k-means with K = {num_clusters}"
+            source += f", k-means with K = {num_clusters}"
             remarks.append(f"k-means on the features of {len(fitted):,} {train.part}, inertia {inertia:.2f}")
         else:
             predictions, confidences = probabilities.argmax(1), probabilities.max(1)
@@ -326,7 +330,7 @@ def main(args):
     for old in ("metrics.json", "assignments.csv", "contact_sheet*.png", "confusion_matrix.png", "top3.png"):
         for path in out.glob(old):               # of an earlier evaluation, which may have written more
             path.unlink()
-    images, headline = None, f"{title}, {part}; {run}"
+    images, headline = None, f"{title}, {part}; {source}"
     if dataset is None:
         headline, confidences = title, None
     else:

@@ -211,7 +211,7 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
     """A split of a data set, as an ImageSet.
 
     name: fashion-mnist, mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
-    (torchvision's files in data_dir); or a path: a list of pictures (see _read_list), or a folder with
+    (torchvision's files in data_dir); or a path: a list of pictures, shards (*.tar), or a folder with
     train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
     folder are lists. A path without train and val is every split, unless val_share divides it.
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
@@ -404,6 +404,32 @@ def hold_out(labels, share, seed):
         of_class = shuffled[labels[shuffled] == label]
         held[of_class[:min(round(share * len(of_class)), len(of_class) - 1)]] = True
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def refuse_empty_classes(dataset, indices, where):
+    counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
+    if 0 in counts:
+        raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "
+                        f"{int((counts == 0).sum())} of {len(counts)} classes; label more images")
+
+
+def draw_labels(dataset, fraction, seed):
+    """Ascending indices of round(fraction * N) images, equally many of each class or one more, by the seed.
+
+    A class that has fewer images gives all; fraction 1 is all images. Raises UserError if a class has none.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--label-fraction {fraction}: must be above 0 and at most 1")
+    if fraction == 1:
+        return torch.arange(len(dataset))
+    rng, C = np.random.default_rng([seed, 7]), len(dataset.class_names)
+    each, more = divmod(round(fraction * len(dataset)), C)
+    one_more, shuffled = set(rng.permutation(C)[:more].tolist()), rng.permutation(len(dataset))
+    labels = dataset.labels.numpy()[shuffled]
+    chosen = [shuffled[labels == c][:each + (c in one_more)] for c in range(C)]
+    indices = torch.from_numpy(np.sort(np.concatenate(chosen)))
+    refuse_empty_classes(dataset, indices, f"--label-fraction {fraction}")
+    return indices
 
 
 # ---------------------------------------------------------------- batches to train on

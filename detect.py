@@ -37,9 +37,9 @@ from detection_metrics import (
 )
 from detection_sets import Steps, Whole, read_set, scaled
 from model import build_backbone, reestimate_batch_norms, synchronize_batch_norms
-from optim import cosine
+from optim import cosine, milestone_factor
 from pictures import draw_detections
-from pretrained import load_network, network_flags
+from pretrained import fingerprint, load_network, network_flags
 from rcnn import Detector
 from run import Run
 
@@ -132,7 +132,7 @@ def learning_rate(step, total_steps, peak, warmup_steps, milestones):
     """A cosine from `peak` to 0, or a tenth after each milestone; the first steps rise from a thousandth."""
     lr = cosine(step, total_steps, peak, 0)
     if milestones:
-        lr = peak * 0.1 ** sum(step >= milestone for milestone in milestones)
+        lr = peak * milestone_factor(step, milestones)
     done = min(1, step / warmup_steps) if warmup_steps else 1
     return lr * (0.001 * (1 - done) + done)
 
@@ -215,6 +215,7 @@ def main(args):
     if args.masks and args.neck == "c4":
         raise UserError("--masks: needs the pyramid; add --neck fpn")
     backbone, source = load_network(args)
+    sha256 = fingerprint(backbone)
     size, mean, std = input_of(source)
     train, test = read_set(args.data, args.data_dir, args.num_scenes, args.scene_size, args.seed, args.masks)
     check(args, train, world_size)
@@ -241,7 +242,8 @@ def main(args):
     # ---------------------------------------------------------------- resume
     config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False),
                                image_size=size, mean=mean, std=std,        # what backbone.json says
-                               pictures=[train.images.files, test.images.files])
+                               pictures=[train.images.files, test.images.files],
+                               backbone_sha256=sha256)
     run = Run(args, "detect", device, args.steps, args.steps, config)      # the whole run is one epoch
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     batches = Steps(train, args.batch_size, args.short_sides, args.long_side, network.multiple, mean, std,

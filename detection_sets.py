@@ -1,4 +1,4 @@
-"""Pictures with boxes of objects: scenes, PASCAL VOC, COCO; how they are resized, and average precision.
+"""Pictures with boxes of objects: scenes, PASCAL VOC, COCO; how they are resized.
 
 The sizes and flips of a training step are a function of the seed and the step.
 """

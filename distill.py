@@ -22,11 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import UserError
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, build_dataset, folder_flags, folder_options, input_of, loader_workers, own_group
-from lincls import fingerprint
 from loss import all_gather, seed_loss, seed_target
 from model import ARCHS, Embedder, build_network, patch_size
 from optim import LARS, param_groups, seed_lr, warmup_cosine
-from pretrained import load_teacher
+from pretrained import fingerprint, load_teacher
 from run import Run
 from views import VIEWS, build_views, pick_views
 
@@ -89,7 +88,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, and views")
+    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")

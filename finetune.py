@@ -21,6 +21,8 @@ import itertools
 import json
 import math
 import os
+import shlex
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from checkpoint import UserError, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import (
     Batches,
+    draw_labels,
     folder_flags,
     folder_options,
     hold_out,
@@ -47,11 +50,9 @@ from data import (
 from model import build_backbone
 from optim import cosine
 from predictions import UNREADABLE, predict_part, write_predictions
-from pretrained import load_network, network_flags
+from pretrained import fingerprint, load_network, network_flags
 from run import Run
-from semisup import draw_labels
-from transfer import METRICS
-from transfer_sets import HELD_OUT, SETS, checksum, read_set
+from transfer_sets import HELD_OUT, METRICS, SETS, checksum, read_set
 from views import Views, mirrored
 
 
@@ -176,6 +177,7 @@ def train_once(args, loaded, last=True):
 
     # ---------------------------------------------------------------- data
     backbone, source = copy.deepcopy(loaded)
+    sha256 = fingerprint(backbone)
     source |= dict(interpolation=args.interpolation, resize_side=args.resize_side)       # of eval_batches
     size, mean, std = input_of(source)
     train, val, test = read_parts(args, source)
@@ -214,7 +216,8 @@ def train_once(args, loaded, last=True):
     # ---------------------------------------------------------------- resume
     config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False),
                                image_size=size, mean=mean, std=std)        # what backbone.json says
-    config |= dict(folder_options(args, source), pictures=[checksum(train), checksum(part)])
+    config |= dict(folder_options(args, source), pictures=[checksum(train), checksum(part)],
+                   backbone_sha256=sha256)
     for name in ("grid", "lrs", "weight_decays"):            # so a run of a grid is one without it, too
         del config[name]
     # a small set has few steps in an epoch, of which each would be a line; so the whole run is one epoch here
@@ -332,7 +335,8 @@ def main(args):
         raise SystemExit(3)
     if int(os.environ.get("RANK", 0)) == 0:
         rows = [dict(lr=cell[0], weight_decay=cell[1], validation=value) for cell, value in cells.items()]
-        metrics = found | dict(validation=cells[lr, weight_decay], grid=rows)
+        metrics = found | dict(validation=cells[lr, weight_decay], grid=rows,
+                               command=shlex.join(["python", *sys.argv]))
         write_atomically(Path(args.output_dir, "metrics.json"), json.dumps(metrics, indent=1).encode())
         to_stdout("\n".join([f"validation {found['metric']}:", *table(cells)]))
         to_stdout(f"chosen: lr {lr:g}, weight decay {weight_decay:g}; trained anew on {found['num_train']:,} "

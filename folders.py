@@ -183,6 +183,8 @@ def _read_list(path):
 
     Paths are relative to the list's folder.
     """
+    if str(path).lower().endswith(SUFFIXES):
+        raise UserError(f"--data {path}: is a picture; give its folder, or a text file that names pictures")
     paths, labels, names_in = [], [], {}
     lines = path.read_text(errors="surrogateescape").split("\n")
     if next(filter(None, map(str.strip, lines)), "").endswith(".tar"):

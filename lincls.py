@@ -13,7 +13,6 @@ flips; of a ViT the class tokens of the last four blocks. The second takes featu
 import argparse
 import copy
 import datetime
-import hashlib
 import itertools
 import math
 import os
@@ -28,9 +27,9 @@ from checkpoint import UserError, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import Batches, eval_batches, folder_flags, hold_out, input_of, labelled, loader_workers, own_group
 from model import BatchNorm, ViT
-from optim import cosine
+from optim import cosine, milestone_factor
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
-from pretrained import load_network, network_flags
+from pretrained import fingerprint, load_network, network_flags
 from run import Run
 from views import Views, mirrored
 
@@ -100,14 +99,6 @@ def check(args, train, held, test, world_size):
 
 
 # ---------------------------------------------------------------- the frozen network
-def fingerprint(network):
-    """SHA-256 of all parameters and buffers of a network, names and bits."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def build_reader(backbone, args):
     """(names, read): read maps images [B, 3, H, W] to a list of L features, one for each name.
 
@@ -299,7 +290,7 @@ def main(args):
         epochs_done = step // batches.steps_per_epoch
         factor = cosine(epochs_done, args.epochs, 1, 0)
         if args.milestones is not None:
-            factor = 0.1 ** sum(milestone <= epochs_done for milestone in args.milestones)
+            factor = milestone_factor(epochs_done, args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
 

@@ -20,7 +20,7 @@ from torchvision.utils import save_image
 
 DATA = Path(__file__).parent / "datasets/fashion-mnist"
 CLASSES, BATCH, LR = 10, 128, 1e-3
-STEPS, WARMUP = 832, 47
+STEPS, WARMUP = 832, 47                  # the learning rate rises for 47 steps, then it follows a cosine
 
 
 def read(name):
@@ -41,11 +41,11 @@ def random_view(x):
     left, top, mirror = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h), uniform(-1, 1).sign()
     zero = torch.zeros(len(x))
     crop = torch.stack([w * mirror, zero, left, zero, h, top], 1).view(-1, 2, 3)
-    grid = F.affine_grid(crop, [len(x), 1, 40, 40], align_corners=False)
+    grid = F.affine_grid(crop, [len(x), 1, 40, 40], align_corners=False)         # halved below: smoother
     x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
     x = F.avg_pool2d(x, 2).clamp(0, 1)
     light, contrast = (torch.where(uniform(0, 1) < 0.8, uniform(1 - s, 1 + s), 1).view(-1, 1, 1, 1)
-                       for s in (0.8, 0.4))
+                       for s in (0.8, 0.4))                          # changed by at most these shares
     light_first = change_contrast((x * light).clamp(0, 1), contrast)
     light_last = (change_contrast(x, contrast) * light).clamp(0, 1)
     return to_input(torch.where(uniform(0, 1).view(-1, 1, 1, 1) < 0.5, light_first, light_last))
@@ -58,7 +58,7 @@ def change_contrast(x, factor):
 
 def to_input(x):
     """Pixels from 0 to 1 [B, 1, h, w] -> what the network takes, in three channels as of colours."""
-    return ((x - 0.286) / 0.353).expand(-1, 3, -1, -1)
+    return ((x - 0.286) / 0.353).expand(-1, 3, -1, -1)               # mean and deviation of the data's pixels
 
 
 def block(inputs, outputs, stride):
@@ -111,7 +111,7 @@ def train(network, optimizer, images, steps):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 104 == 0:
+        if (step + 1) % 104 == 0:                                    # eight times
             print(f"step {step + 1} of {STEPS}: loss {np.mean(losses[-100:]):.3f}")
 
 

@@ -103,6 +103,11 @@ def warmup_cosine(step, total_steps, warmup_steps, peak, final):
     return cosine(step - warmup_steps, total_steps - warmup_steps, peak, final)
 
 
+def milestone_factor(done, milestones):
+    """The factor of a learning rate: a tenth for each milestone that is reached; in epochs, or in steps."""
+    return 0.1 ** sum(milestone <= done for milestone in milestones)
+
+
 def seed_lr(epoch, epochs, warmup_epochs, lr, peak, milestones=None):
     """SEED's learning rate, constant within an epoch (arXiv 2101.04731, released code).
 
@@ -112,5 +117,5 @@ def seed_lr(epoch, epochs, warmup_epochs, lr, peak, milestones=None):
     if epoch < warmup_epochs:            # below batch size 256 the peak is lower, and the warm-up falls
         return lr + (peak - lr) * epoch / warmup_epochs
     if milestones:
-        return peak * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+        return peak * milestone_factor(epoch, milestones)
     return cosine(epoch, epochs, peak, 0)        # of all epochs, so it starts a little below the peak

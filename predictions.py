@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from checkpoint import UserError, printable, write_atomically
+from checkpoint import UserError, printable, to_stderr, write_atomically
 from data import eval_batches
 from loss import all_gather
 
@@ -238,10 +238,11 @@ def _to_array(cells):
     return cells
 
 
-def read_mapping(path, num_clusters, class_names):
+def read_mapping(path, num_clusters, class_names, made_by=None):
     """(mapping, class names) of a metrics.json; num_clusters: of the network; class_names: of --data or None.
 
-    Raises UserError if they do not fit.
+    made_by: dict of the network's fingerprint and of --bn-images, on which clusters depend; a file of version
+    0.9.0 or older has neither. Warns of other --bn-images. Raises UserError if the rest does not fit.
     """
     try:
         metrics = json.loads(Path(path).read_text())
@@ -261,20 +262,27 @@ def read_mapping(path, num_clusters, class_names):
     if len(mapping) != num_clusters:
         raise UserError(f"--map-from {path}: maps {len(mapping)} clusters, the network has {num_clusters}; "
                         "take one of the same network")
+    made_by = made_by or {}
+    if metrics.get("network_sha256", made_by.get("network_sha256")) != made_by.get("network_sha256"):
+        raise UserError(f"--map-from {path}: its clusters are those of another network; take a metrics.json "
+                        "that was made from this --checkpoint")
+    if metrics.get("bn_images", made_by.get("bn_images")) != made_by.get("bn_images"):
+        to_stderr(f"warning: --map-from {path}: was made with --bn-images {metrics['bn_images']}; with other "
+                  "statistics of the batch norms its clusters may mean something else, so give the same here")
     if class_names is not None and names != class_names:
         raise UserError(f"--map-from {path}: its classes are others than those of --data; is --class-names "
                         "in one of the two commands only?")
     return mapping, names
 
 
-def name_clusters(map_from, names_file, num_clusters, class_names):
+def name_clusters(map_from, names_file, num_clusters, class_names, made_by):
     """(mapping of clusters to classes or None, class names or None), by --map-from and --class-names.
 
-    class_names: of the data, None without labels. Raises UserError.
+    class_names: of the data, None without labels; made_by: see read_mapping. Raises UserError.
     """
     mapping, names = None, name_classes(names_file, class_names)
     if map_from:
-        mapping, mapped = read_mapping(map_from, num_clusters, names)
+        mapping, mapped = read_mapping(map_from, num_clusters, names, made_by)
         names = names or name_classes(names_file, mapped)
     if names_file and names is None:
         raise UserError("--class-names: there are no classes to name; they come from labels or --map-from")

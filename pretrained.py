@@ -3,6 +3,7 @@
 A stage calls network_flags(parser) in its get_parser, and load_network(args) in its main.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,14 @@ def load_network(args):
     """
     backbone, config = load_pretrained(args.checkpoint, args.arch, args.small_images, args.key)
     return backbone, choose_input(config, args)
+
+
+def fingerprint(network):
+    """SHA-256 of all parameters and buffers of a network, names and bits."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def choose_input(config, args):

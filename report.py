@@ -59,7 +59,8 @@ def section(heading, build, *args):
         return heading, [note("Not here: {}. This makes it:".format(*absent.args)),
                          tag("pre", absent.args[1], tabindex=0)]
     except DAMAGE as error:
-        said = f"{heading}: left out, a file is damaged ({type(error).__name__}: {error}); evaluate again"
+        what = heading or "Scores"
+        said = f"{what}: left out, a file is damaged ({type(error).__name__}: {error}); evaluate again"
         to_stderr(f"warning: {clean(said)}")
         return heading, note(said)
 
@@ -120,13 +121,7 @@ def health(run):
         said.append(tag("strong", "Not collapsed."))
     if "mi" in last:
         said += information(last, config)
-    checkpoint = run.folder / "checkpoint.pth"
-    for folder, _, metrics in run.evaluations:
-        written = (folder / "metrics.json").stat().st_mtime
-        if checkpoint.exists() and written < checkpoint.stat().st_mtime - 60:
-            said.append(f"{folder} is older than the checkpoint: evaluate again.")
-        if metrics.get("num_broken"):
-            said.append(f"{folder} left out {metrics['num_broken']:,} broken pictures.")
+    said += run.doubts()
     return tag("ul", [tag("li", sentence) for sentence in said], class_="facts")
 
 
@@ -285,9 +280,8 @@ def evaluations(run):
 
 def settings(run):
     """The commands to repeat it, and the configuration."""
-    commands = [run.training_command()]
-    commands += [run.command(evaluation.script, evaluation) for evaluation in run.evaluations
-                 if evaluation.script in EVALUATIONS]
+    known = [evaluation for evaluation in run.evaluations if evaluation.script in EVALUATIONS]
+    commands = [run.training_command(), *(run.command(found.script, found) for found in known)]
     rows = [[name, json.dumps(value)] for name, value in sorted(run.config.items())]
     return tag("pre", "\n".join(commands), tabindex=0), tag(
         "details", tag("summary", f"All {len(rows)} settings"), table("Settings", ["name", "value"], rows))

@@ -5,7 +5,7 @@ networks find nearly the same classes; bad ones differ from them and from each o
 apart without labels. The loss does so less often: some bad classes have a lower one.
 """
 
-import copy
+import io
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ class Restarts:
         restarts = Restarts(args, config, batches, total_steps, device, model, teacher, optimizer)
         run.track(..., restarts=restarts)                # a resumed run knows the best one so far
         for _ in run.steps():
-            step = restarts.begin(run)                   # of the schedule, which has restarts.schedule_steps
+            step = restarts.begin(run)                   # of the schedule
 
     The run has as many steps as without restarts, so its schedule is shorter: for 4 candidates 8/17 of them.
     """
@@ -33,10 +33,17 @@ class Restarts:
         self.args, self.config, self.batches, self.device = args, config, batches, device
         self.count = args.restarts
         self.trial = 3 * total_steps // (3 * self.count + 5)        # steps of a candidate
-        self.schedule_steps = total_steps - (self.count - 1) * self.trial
+        self.total_steps, self.schedule_steps = total_steps, total_steps - (self.count - 1) * self.trial
         self.networks = [model] if teacher is None else [model, teacher]
         self.optimizer = optimizer
         self.ended = []                                  # of each: loss, classes of images, states
+
+    def schedule_steps_after(self, warmup_steps):
+        """The steps of the schedule. Raises UserError if only the whole run is longer than the warm-up."""
+        if self.schedule_steps <= warmup_steps < self.total_steps:
+            raise UserError(f"--warmup-epochs: is {warmup_steps} steps, but with --restarts {self.count} a "
+                            f"schedule has {self.schedule_steps}; choose fewer of either")
+        return self.schedule_steps
 
     def begin(self, run):
         """The step of the schedule that the run's step is. Where a candidate ends, the parts change."""
@@ -54,7 +61,7 @@ class Restarts:
     def begin_anew(self, candidate):
         """Gives the networks the initial weights of a new candidate."""
         with torch.random.fork_rng(devices=()):          # the noise of a network does not depend on it
-            torch.manual_seed(self.args.seed + 1000 * candidate)
+            torch.default_generator.manual_seed(self.args.seed + 1000 * candidate)       # not those of GPUs
             new = build_network(self.config, self.args.drop_path)
         if self.args.zero_init_residual:
             zero_init_residual(new.backbone)
@@ -64,8 +71,10 @@ class Restarts:
 
     def keep(self, number, run):
         """Remembers the candidate that has just ended."""
-        # copied first, because the views move the running statistics
-        states = copy.deepcopy([part.state_dict() for part in (*self.networks, self.optimizer)])
+        # first, because the views move the running statistics; as bytes, which take no memory of a GPU
+        states = io.BytesIO()
+        torch.save([part.state_dict() for part in (*self.networks, self.optimizer)], states)
+        states = torch.frombuffer(states.getbuffer(), dtype=torch.uint8)
         loss, classes = on_fresh_views(self.networks[0], self.batches, self.args, self.device)
         run.say(f"candidate {number} of {self.count}: loss {loss:.4f} on fresh views")
         run.write(dict(step=run.step, candidate=number, fresh_views_loss=loss))
@@ -78,7 +87,8 @@ class Restarts:
         run.say("agreement with the others {}: candidate {} goes on".format(
             " ".join(f"{share:.3f}" for share in shares), best + 1))
         run.write(dict(step=run.step, agreement=shares, chosen=best + 1))
-        *states, optimizer_state = self.ended[best]["states"]
+        states = io.BytesIO(self.ended[best]["states"].numpy())
+        *states, optimizer_state = torch.load(states, map_location=self.device, weights_only=True)
         for network, state in zip(self.networks, states, strict=True):
             network.load_state_dict(state)
         load_optimizer(self.optimizer, optimizer_state)
@@ -88,8 +98,9 @@ class Restarts:
         return self.ended
 
     def load_state_dict(self, state):
-        if self.count > 1 and isinstance(state, dict):   # of 0.7.0, whose candidates took 5/8
-            raise UserError("--resume: version 0.7.0 or older began this run, with other restarts; go on "
+        # of 0.7.0, whose candidates took 5/8, or of 0.9.0, which kept them in another form
+        if self.count > 1 and (isinstance(state, dict) or any(type(c["states"]) is list for c in state)):
+            raise UserError("--resume: version 0.9.0 or older began this run, with other candidates; go on "
                             "with that version, or start anew with --overwrite")
         self.ended = list(state)
 

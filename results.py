@@ -28,7 +28,9 @@ EVALUATIONS = {                  # script: what only its metrics.json has, the f
     "knn": ("temperature", "knn", "accuracy of nearest neighbours"),
     "lincls": ("results", "linear", "accuracy of a linear classifier"),
     "finetune": ("metric", "finetune", None),            # of other data, too
-    "semisup": ("random_init", "few", "accuracy with few labels"),
+    "semisup": ("head_lr", "few", "accuracy with few labels"),
+    "segment": ("miou", "segmentation", None),           # these two, too
+    "detect": ("AP50", "detection", None),
 }
 CLUSTER_SCORES = {"acc": "ACC", "acc_majority": "ACC, many-to-one", "acc_top5": "ACC, top 5", "nmi": "NMI",
                   "ami": "AMI", "ari": "ARI", "fmi": "FMI", "silhouette": "silhouette"}
@@ -55,7 +57,8 @@ class Evaluation(NamedTuple):
         elif self.script == "knn":
             for top in (1, 5):
                 for k, value in metrics[f"top{top}"].items():
-                    yield f"{k}-NN, top {top}", value, metrics["num_test"]
+                    whitened = ", whitened" if metrics.get("whiten") else ""
+                    yield f"{k}-NN{whitened}, top {top}", value, metrics["num_test"]
         elif self.script == "lincls":
             for found in metrics["results"]:
                 for top in (1, 5):
@@ -74,6 +77,11 @@ class Evaluation(NamedTuple):
             part = "test" if "test" in metrics else "validation"
             start = "from scratch" if metrics["random_init"] else "fine-tuned"
             yield f"{start} on {metrics['data']}, {metrics['metric']}", metrics[part], metrics[f"num_{part}"]
+        elif self.script in ("segment", "detect"):
+            start = "from scratch" if metrics["random_init"] else "fine-tuned"
+            for key in ("miou", "miou_objects", "AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"):
+                if key in metrics:
+                    yield f"{start} on {metrics['data']}, {key}", metrics[key], metrics["num_test"]
         elif self.script == "svm":
             for k, found in metrics["shots"].items():
                 images = "all images" if k == "all" else f"{k} images a class"
@@ -111,6 +119,20 @@ class Results(NamedTuple):
             raise Absent(EVALUATIONS[script][2], self.command(script))
         return evaluation
 
+    def doubts(self):
+        """Yields a sentence for each evaluation that may mislead."""
+        checkpoint, in_training = self.folder / "checkpoint.pth", self.last.get("classes", 0)
+        for folder, _, metrics in self.evaluations:
+            written, used = (folder / "metrics.json").stat().st_mtime, metrics.get("num_clusters_used")
+            if checkpoint.exists() and written < checkpoint.stat().st_mtime - 60:
+                yield f"{folder} is older than the checkpoint: evaluate again."
+            if used is not None and used < in_training / 2:
+                yield (f"{folder} has only {used} classes in use, where a batch of the training has "
+                       f"{in_training:.2f}: after few steps the statistics of the batch norms lag behind. "
+                       "Evaluate with cluster_eval.py --bn-images 1000, or train for longer.")
+            if metrics.get("num_broken"):
+                yield f"{folder} left out {metrics['num_broken']:,} broken pictures."
+
     def training_command(self):
         """The command of the run, as its log has it, else without the flags."""
         stage, folder = self.config.get("stage", "pretrain"), shlex.quote(str(self.folder))
@@ -121,7 +143,7 @@ class Results(NamedTuple):
         """The command of an evaluation, with the flags that its files tell; of none, the usual one."""
         config, metrics = self.config, evaluation.metrics if evaluation else {}
         folder = evaluation.folder if evaluation else self.folder / EVALUATIONS[script][1]
-        for line in read_lines(folder / "log.jsonl"):    # of lincls.py and semisup.py, which train
+        for line in [metrics, *read_lines(folder / "log.jsonl")]:        # of a grid, of stages that train
             if "command" in line:
                 return line["command"]
         checkpoint = metrics.get("checkpoint") or self.folder / "checkpoint.pth"
@@ -131,10 +153,11 @@ class Results(NamedTuple):
             words += ["--kmeans", metrics.get("num_clusters", 10)]
         if script == "semisup":
             words += ["--label-fraction", 0.01]
-        for name, usual in (("data", config.get("data")), ("split", "test"), ("temperature", 0.07)):
+        for name, usual in (("data", config.get("data")), ("split", "test"), ("temperature", 0.07),
+                            ("bn_images", 0)):
             if metrics.get(name, usual) != usual:
-                words += [f"--{name}", metrics[name]]
-        words += ["--pixel-kmeans"] if metrics.get("pixel_kmeans") else []
+                words += [f"--{name.replace('_', '-')}", metrics[name]]
+        words += [flag for flag in ("--pixel-kmeans", "--whiten") if metrics.get(flag[2:].replace("-", "_"))]
         return shlex.join(map(str, words))
 
 

@@ -229,7 +229,7 @@ class Run:
         So the device has the backward pass to do while this process waits, and never runs out of work.
         """
         copied = torch.cuda.Event() if value.is_cuda else None
-        value = value.to("cpu", non_blocking=True)
+        value = value.to("cpu", non_blocking=value.is_cuda)      # MPS has no event to wait for
         if copied:
             copied.record()
 
@@ -268,18 +268,18 @@ class Run:
         sound = torch.ones((), dtype=torch.bool, device=self.device)
         if weights:
             sound = torch.stack([w.isfinite().all() for w in self.parts["model"].parameters()]).all()
-        signals = [float(signum in self.caught) for signum in SIGNALS]
+        caught = [float(signum in self.caught) for signum in SIGNALS]
         # MAX over the ranks shall name the first bad step, which has the most steps to go
         to_go = torch.where(self.bad_step < 0, 0, self.total_steps + 1 - self.bad_step)
         seen = torch.stack([to_go, self.bad_loss, ~sound]).float()
-        seen = torch.cat([torch.tensor(signals, device=self.device), seen])
+        seen = torch.cat([torch.tensor(caught, device=self.device), seen])
         if self.world_size > 1:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
-        *signals, to_go, bad_loss, bad_weights = seen.tolist()
+        *heard, to_go, bad_loss, bad_weights = seen.tolist()             # by any rank
         if to_go > 0 or bad_weights:
-            step = self.total_steps + 1 - int(to_go) if to_go > 0 else self.step + 1
-            what = "gradient is" if to_go > 0 else "weights are"
-            what = "loss is" if bad_loss else what
+            step, what = self.step + 1, "weights are"
+            if to_go > 0:                                # of the first bad step
+                step, what = self.total_steps + 1 - int(to_go), "loss is" if bad_loss else "gradient is"
             terms = ", ".join(f"{name} {value:.4g}" for name, value in
                               zip(names, self.last_terms.tolist(), strict=True))
             self.write(dict(step=step, status=f"non-finite {what.split()[0]}"))
@@ -287,7 +287,7 @@ class Run:
                         f"{self.args.amp}, last finite {terms}); the checkpoint in {self.out} is from "
                         "before; try a lower learning rate")
         self.lrs.clear()
-        self.stopped_by = next((s for s, sent in zip(SIGNALS, signals, strict=True) if sent), None)
+        self.stopped_by = next((s for s, sent in zip(SIGNALS, heard, strict=True) if sent), None)
 
     # ---- the log
     def log(self, line, **numbers):
@@ -460,6 +460,8 @@ def refuse_difference(state, config, where):
     different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
     if different:
         remedy = "use the same flags, another --output-dir, or --overwrite"
+        if before.get("pictures") != config.get("pictures"):
+            remedy = "put the pictures back as they were, or take another --output-dir, or --overwrite"
         if "init" in config and {"epochs", "data"} & {line.split()[0] for line in different}:
             remedy += f"; to go on with its weights, add --init {where} to another --output-dir"
         raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); {remedy}")

@@ -36,7 +36,7 @@ from model import (
 )
 from optim import poly
 from pictures import draw_segmentation
-from pretrained import load_network, network_flags
+from pretrained import fingerprint, load_network, network_flags
 from run import Run
 from segment_sets import IGNORED, Crops, Whole, ends, read_set
 
@@ -258,6 +258,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     backbone, source = load_network(args)
+    sha256 = fingerprint(backbone)
     size, mean, std = input_of(source)
     train, test = read_set(args.data, args.data_dir, args.num_scenes, args.short_side, args.seed)
     check(args, train, world_size)
@@ -288,7 +289,8 @@ def main(args):
     # ---------------------------------------------------------------- resume
     config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False),
                                image_size=size, mean=mean, std=std,        # what backbone.json says
-                               pictures=[train.images.files, test.images.files])
+                               pictures=[train.images.files, test.images.files],
+                               backbone_sha256=sha256)
     run = Run(args, "segment", device, args.steps, args.steps, config)     # the whole run is one epoch
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(

@@ -22,7 +22,6 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,6 +32,7 @@ from checkpoint import UserError, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
 from data import (
     Batches,
+    draw_labels,
     eval_batches,
     folder_flags,
     folder_options,
@@ -41,11 +41,12 @@ from data import (
     labelled,
     loader_workers,
     own_group,
+    refuse_empty_classes,
 )
 from model import build_backbone
-from optim import cosine
+from optim import cosine, milestone_factor
 from predictions import UNREADABLE, accuracies, classify, gather, write_predictions
-from pretrained import load_network, network_flags
+from pretrained import fingerprint, load_network, network_flags
 from run import Run
 from views import Views, mirrored
 
@@ -171,32 +172,6 @@ def find_image(line, dataset, indices_of):
     return indices[0]
 
 
-def refuse_empty_classes(dataset, indices, where):
-    counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
-    if 0 in counts:
-        raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "
-                        f"{int((counts == 0).sum())} of {len(counts)} classes; label more images")
-
-
-def draw_labels(dataset, fraction, seed):
-    """Ascending indices of round(fraction * N) images, equally many of each class or one more, by the seed.
-
-    A class that has fewer images gives all; fraction 1 is all images. Raises UserError if a class has none.
-    """
-    if not 0 < fraction <= 1:
-        raise UserError(f"--label-fraction {fraction}: must be above 0 and at most 1")
-    if fraction == 1:
-        return torch.arange(len(dataset))
-    rng, C = np.random.default_rng([seed, 7]), len(dataset.class_names)
-    each, more = divmod(round(fraction * len(dataset)), C)
-    one_more, shuffled = set(rng.permutation(C)[:more].tolist()), rng.permutation(len(dataset))
-    labels = dataset.labels.numpy()[shuffled]
-    chosen = [shuffled[labels == c][:each + (c in one_more)] for c in range(C)]
-    indices = torch.from_numpy(np.sort(np.concatenate(chosen)))
-    refuse_empty_classes(dataset, indices, f"--label-fraction {fraction}")
-    return indices
-
-
 def label_lines(dataset, indices):
     """The text of a list that read_labels maps to the same indices."""
     lines = []
@@ -221,6 +196,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     backbone, source = load_network(args)
+    sha256 = fingerprint(backbone)
     source["interpolation"] = args.interpolation         # of eval_batches
     data, (size, mean, std) = args.data or source["data"], input_of(source)
     whole, test = labelled(args, source)
@@ -260,7 +236,8 @@ def main(args):
     labels_sha256 = hashlib.sha256(indices.numpy()).hexdigest()
     config = vars(args) | dict(arch=source["arch"], small_images=source.get("small_images", False), data=data,
                                image_size=size, mean=mean, std=std)        # what backbone.json says
-    config |= dict(folder_options(args, source), pictures=whole.files, labels_sha256=labels_sha256)
+    config |= dict(folder_options(args, source), pictures=whole.files, labels_sha256=labels_sha256,
+                   backbone_sha256=sha256)
     run = Run(args, "semisup", device, total_steps, batches.steps_per_epoch, config)
     run.track(model=network, optimizer=optimizer, scaler=scaler)
     loader = iter(torch.utils.data.DataLoader(
@@ -286,7 +263,7 @@ def main(args):
         epochs_done = step // batches.steps_per_epoch
         factor = cosine(epochs_done, args.epochs, 1, 0)
         if args.milestones is not None:
-            factor = 0.1 ** sum(milestone <= epochs_done for milestone in args.milestones)
+            factor = milestone_factor(epochs_done, args.milestones)
         for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = factor * peak_lr
 

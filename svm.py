@@ -15,7 +15,6 @@ Not run on VOC07 here, so no result. The tests compare it with scikit-learn on a
 import argparse
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from data import CentreCrops, ImageSet, eval_batches
 from lincls import build_reader
 from pretrained import load_network, network_flags, to_device
 from run import make_evaluation_folder
+from transfer_sets import read_voc
 
 FOLDS = 3                        # of the cross-validation
 
@@ -59,19 +59,6 @@ def get_parser():
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--seed", type=at_least(0), default=0, help="draws the images of each k")
     return parser
-
-
-def read_voc(data, part):
-    """Paths [N] and labels [N, C] of trainval or test: 1, -1, or 0 (only difficult objects of the class)."""
-    root = [*Path(data).glob("VOCdevkit/VOC2007"), *Path(data).glob("VOC2007"), Path(data)][0]
-    classes = sorted({str(path).rpartition("_")[0] for path in root.glob("ImageSets/Main/[!.]*_*.txt")})
-    try:
-        images, labels = np.array([np.loadtxt(f"{name}_{part}.txt", str) for name in classes]).T   # [N, C]
-        if (images.T != images[:, 1]).any() or any({*y, "0"} != {"1", "-1", "0"} for y in labels.T):
-            raise ValueError
-    except (OSError, ValueError, IndexError):                   # IndexError: one class alone
-        raise UserError(f"--data {data}: needs ImageSets/Main/CLASS_{part}.txt as in VOC2007") from None
-    return [root / f"JPEGImages/{image}.jpg" for image in images[:, 0]], labels.astype(int)
 
 
 class Squares(CentreCrops):

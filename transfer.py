@@ -22,12 +22,11 @@ import torch.distributed as dist
 
 from checkpoint import UserError, read_file, say_once, to_stdout, write_atomically
 from cli import DEVICES, HelpFormatter, at_least, launch
-from lincls import fingerprint
 from logistic import fit_logistic
 from predictions import UNREADABLE, predict_part
-from pretrained import load_network, network_flags, to_device
+from pretrained import fingerprint, load_network, network_flags, to_device
 from run import make_evaluation_folder, refuse_difference
-from transfer_sets import SETS, TABLE_4, checksum, read_set
+from transfer_sets import METRICS, SETS, TABLE_4, checksum, read_set
 
 WEAKEST, STRONGEST = -6, 5       # powers of ten: the published range of strengths
 # Linear rows of the paper's Table 4, ResNet-50, in per cent, in the order of TABLE_4
@@ -63,38 +62,6 @@ def get_parser():
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")
     return parser
-
-
-# ---------------------------------------------------------------- metrics, of scores [N, C]
-def top_1(scores, labels):
-    """Share of the images [N] whose class has the highest score."""
-    return (scores.argmax(1) == labels).mean()
-
-
-def mean_per_class(scores, labels):
-    """Mean over the classes of the top-1 accuracy among their images, of classes that have any."""
-    hits = scores.argmax(1) == labels
-    return np.mean([hits[labels == c].mean() for c in np.unique(labels)])
-
-
-def map_11_points(scores, labels):
-    """Mean over the classes of VOC07's average precision; labels [N, C]: 1, -1, or 0 for left out.
-
-    That is the mean of the best precisions at recalls of at least 0, 0.1, ..., 1. Images with equal scores
-    are found together. A class without an image is left out.
-    """
-    precisions = []
-    for f, y in zip(scores.T, labels.T, strict=True):
-        positive = np.sort(f[y == 1])                               # each a threshold, highest recall first
-        if len(positive):
-            hits, chosen = (len(x) - np.searchsorted(x, positive) for x in (positive, np.sort(f[y != 0])))
-            best = np.maximum.accumulate(hits / chosen)             # at this recall or a higher one
-            needed = -(-np.arange(11) * len(positive) // 10)        # hits for each recall, rounded up, exact
-            precisions.append(best[len(positive) - np.maximum(needed, 1)].mean())
-    return np.mean(precisions)
-
-
-METRICS = {"top-1": top_1, "mean per class": mean_per_class, "11-point mAP": map_11_points}
 
 
 # ---------------------------------------------------------------- features

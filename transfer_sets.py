@@ -1,4 +1,4 @@
-"""The data sets of transfer.py: one table of them, and how each is read from the files that are downloaded.
+"""The data sets of the paper's Table 4: a table of them, how each is read from its files, and their metrics.
 
 They lie in --data-dir as torchvision's classes put them there, so existing folders work. Lists and labels are
 read here; pictures are read later, as those of every other set.
@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ from scipy.io import loadmat
 
 from checkpoint import UserError, printable
 from data import ImageSet, build_dataset, count_overlap, hold_out
-from svm import read_voc
 
 HELD_OUT = 0.2                   # share of each class's training images, where a set has no validation images
 PARTS = {"train": "training images", "val": "validation images", "test": "test images"}
@@ -59,6 +59,19 @@ def read_aircraft(root, part, seed):
     root = f"{root}/fgvc-aircraft-2013b/data"
     rows = (line.split(" ", 1) for line in _lines(f"{root}/images_variant_{part}.txt"))
     return _two_lists((f"{root}/images/{image}.jpg", name) for image, name in rows)
+
+
+def read_voc(data, part):
+    """Paths [N] and labels [N, C] of trainval or test: 1, -1, or 0 (only difficult objects of the class)."""
+    root = [*Path(data).glob("VOCdevkit/VOC2007"), *Path(data).glob("VOC2007"), Path(data)][0]
+    classes = sorted({str(path).rpartition("_")[0] for path in root.glob("ImageSets/Main/[!.]*_*.txt")})
+    try:
+        images, labels = np.array([np.loadtxt(f"{name}_{part}.txt", str) for name in classes]).T   # [N, C]
+        if (images.T != images[:, 1]).any() or any({*y, "0"} != {"1", "-1", "0"} for y in labels.T):
+            raise ValueError
+    except (OSError, ValueError, IndexError):                   # IndexError: one class alone
+        raise UserError(f"--data {data}: needs ImageSets/Main/CLASS_{part}.txt as in VOC2007") from None
+    return [root / f"JPEGImages/{image}.jpg" for image in images[:, 0]], labels.astype(int)
 
 
 def read_voc07(root, part, seed):
@@ -108,6 +121,38 @@ def _two_lists(pairs):
     return list(paths), list(names)
 
 
+# ---------------------------------------------------------------- metrics, of scores [N, C]
+def top_1(scores, labels):
+    """Share of the images [N] whose class has the highest score."""
+    return (scores.argmax(1) == labels).mean()
+
+
+def mean_per_class(scores, labels):
+    """Mean over the classes of the top-1 accuracy among their images, of classes that have any."""
+    hits = scores.argmax(1) == labels
+    return np.mean([hits[labels == c].mean() for c in np.unique(labels)])
+
+
+def map_11_points(scores, labels):
+    """Mean over the classes of VOC07's average precision; labels [N, C]: 1, -1, or 0 for left out.
+
+    That is the mean of the best precisions at recalls of at least 0, 0.1, ..., 1. Images with equal scores
+    are found together. A class without an image is left out.
+    """
+    precisions = []
+    for f, y in zip(scores.T, labels.T, strict=True):
+        positive = np.sort(f[y == 1])                               # each a threshold, highest recall first
+        if len(positive):
+            hits, chosen = (len(x) - np.searchsorted(x, positive) for x in (positive, np.sort(f[y != 0])))
+            best = np.maximum.accumulate(hits / chosen)             # at this recall or a higher one
+            needed = -(-np.arange(11) * len(positive) // 10)        # hits for each recall, rounded up, exact
+            precisions.append(best[len(positive) - np.maximum(needed, 1)].mean())
+    return np.mean(precisions)
+
+
+METRICS = {"top-1": top_1, "mean per class": mean_per_class, "11-point mAP": map_11_points}
+
+
 # ---------------------------------------------------------------- the table
 class Source(NamedTuple):
     """A row of the table. docs/evaluation.md prints it; a download that differs from it is refused."""
@@ -116,7 +161,7 @@ class Source(NamedTuple):
     train: int                   # numbers of images
     val: int                     # 0: HELD_OUT of each class's training images are drawn
     test: int
-    metric: str                  # a key of transfer.METRICS
+    metric: str                  # a key of METRICS
     read: Callable
     where: str                   # what lies where in --data-dir
 

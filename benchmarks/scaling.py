@@ -34,6 +34,7 @@ from optim import param_groups  # noqa: E402
 BASE = dict(V=4, C=256, B=32)                    # views of an image, classes, images of a step
 SIZES = dict(V=(2, 4, 8, 16), C=(1024, 4096, 16384, 65536), B=(16, 32, 64, 128))
 ROUNDS, TURNS, STEPS, BATCH = 5, 5, 5, 128       # TURNS of STEPS steps with BATCH images, two views of each
+COLLECTIVES = 500
 REQUIRED = dict(V=1.05, C=1.05)                  # the largest exponents of time
 
 
@@ -92,15 +93,17 @@ def grow(name, sizes):
 
 
 def serve(pipe, rank, world_size, threads, port):
-    """A process that makes STEPS steps whenever it is told to, and answers with seconds, clock and CPU."""
+    """A process that does what it is told, so many times, and answers with seconds, clock and CPU."""
     torch.set_num_threads(threads)
     if world_size > 1:
         dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world_size)
-    step = Step(2, 10, BATCH, world_size)
-    while pipe.recv():
+    step, sums = Step(2, 10, BATCH, world_size), torch.zeros(129)          # sums: as of 64 channels
+    actions = {"step": step.run, "all_reduce": lambda: dist.all_reduce(sums)}
+    while told := pipe.recv():
+        name, times = told
         start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(STEPS):
-            step.run()
+        for _ in range(times):
+            actions[name]()
         pipe.send((time.perf_counter() - start, time.process_time() - cpu))
 
 
@@ -118,9 +121,7 @@ def compare_processes():
             ends.append(ours)
     for _ in range(TURNS + 1):
         for group, ends in pipes.items():
-            for end in ends:
-                end.send(True)
-            clock, cpu = zip(*[end.recv() for end in ends], strict=True)
+            clock, cpu = ask(ends, "step", STEPS)
             turns.setdefault(group, []).append((STEPS * BATCH / max(clock), STEPS * BATCH / sum(cpu)))
     found = {}
     for (world_size, threads), rates in turns.items():
@@ -131,8 +132,17 @@ def compare_processes():
     median, fastest, _ = (a / b for a, b in zip(found[2, 1], found[1, 2], strict=True))
     print(f"two processes reach {median:.2f} of two threads, fastest turns {fastest:.2f} (required: at least "
           f"0.9); a CPU second does {found[2, 1][2] / found[1, 1][2]:.2f} of what it does in one process")
+    clock, _ = ask(pipes[2, 1], "all_reduce", COLLECTIVES)
+    print(f"one all_reduce of 129 numbers by two processes: {1000 * max(clock) / COLLECTIVES:.2f} ms")
     for end in sum(pipes.values(), []):
-        end.send(False)
+        end.send(None)
+
+
+def ask(ends, name, times):
+    """(seconds, CPU seconds) of each process behind the pipes for doing a thing so many times at once."""
+    for end in ends:
+        end.send((name, times))
+    return zip(*[end.recv() for end in ends], strict=True)
 
 
 def main():

@@ -216,9 +216,9 @@ plt.show()
 # ## 6. One epoch of training
 #
 # The network is a small ResNet with a projection head and NBS. Training is 468 steps with 128 images each,
-# about two minutes of one CPU core. (`pretrain.py` trains for 1,872 steps, starts three networks and keeps
-# the best.) After each quarter, `look` shows for each class the ten test images that the network is surest
-# of. Names and scores use the true labels; the training never sees them.
+# about two minutes of one CPU core. (`pretrain.py` trains for 1,872 steps. It starts four networks; the one
+# that agrees most with the others goes on.) After each quarter, `look` shows for each class the ten test
+# images that the network is surest of. Names and scores use the true labels; the training never sees them.
 
 # %% [trained]
 def look(network, when):

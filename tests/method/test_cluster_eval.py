@@ -614,6 +614,7 @@ def test_map_from_another_split(start, tmp_path):
                           (json.dumps(train | {"mapping": 3}), "not a mapping of clusters"),
                           (json.dumps(train | {"class_names": 3}), "not the metrics.json"),
                           (json.dumps(train | {"mapping": [0, 1]}), "maps 2 clusters, the network has 14"),
+                          (json.dumps(train | {"network_sha256": "0"}), "those of another network; take"),
                           (json.dumps(train | {"class_names": list("abcdefghij")}), "classes are others")):
         (tmp_path / "bad.json").write_text(text)
         _, err = start(f"--map-from {tmp_path}/bad.json", code=2)
@@ -628,7 +629,8 @@ def test_new_pictures_get_the_names_of_classes(start, tmp_path):
     for i, image in enumerate(build_dataset("fake", "test", seed=3).images[:20]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"new/{i:02}.png")
     source = tmp_path / "labelled/metrics.json"
-    out, _ = start(f"--data {tmp_path}/new --map-from {source} --workers 0 --bn-images 20", pictures=True)
+    out, err = start(f"--data {tmp_path}/new --map-from {source} --workers 0 --bn-images 20", pictures=True)
+    assert err.count("warning: ") == 1 and "was made with --bn-images 0; " in err        # other statistics
     mapping, rows = metrics_of(tmp_path / "labelled")["mapping"], assignments_of(tmp_path / "out")
     assert [row["file"] for row in rows] == [f"{tmp_path}/new/{i:02}.png" for i in range(20)]
     for row in rows:

@@ -9,7 +9,7 @@ from processes import log_lines, run, same
 from torch import nn
 
 import pretrain
-from checkpoint import UserError, load_checkpoint
+from checkpoint import UserError, load_checkpoint, save_checkpoint
 from cli import parse_args
 from data import Batches, build_dataset
 from loss import twist_loss
@@ -173,7 +173,8 @@ def test_a_run_with_restarts_goes_on_with_the_best_candidate(tmp_path):
     assert final["restarts"] == []                       # the candidates are not kept
 
 
-@pytest.mark.parametrize("old", [{}, dict(number=1, loss=-0.9, states=[])])
+@pytest.mark.parametrize("old", [{}, dict(number=1, loss=-0.9, states=[]),
+                                 [dict(loss=-0.9, classes=torch.tensor([0]), states=[{}, {}])]])
 def test_restarts_of_an_older_version_are_refused_and_its_plain_runs_are_not(old):
     """Their schedule was another one."""
     restarts = Restarts(ARGS, {}, None, 28, None, nn.Linear(1, 1), None, None)
@@ -183,6 +184,41 @@ def test_restarts_of_an_older_version_are_refused_and_its_plain_runs_are_not(old
     plain = Restarts(args, {}, None, 28, None, nn.Linear(1, 1), None, None)
     plain.load_state_dict({})
     assert plain.state_dict() == []
+
+
+def test_a_warm_up_as_long_as_the_shortened_schedule_is_refused():
+    restarts = Restarts(ARGS, {}, None, 28, None, nn.Linear(1, 1), None, None)
+    assert restarts.schedule_steps_after(15) == restarts.schedule_steps_after(28) == 16
+    with pytest.raises(UserError, match="is 16 steps.*--restarts 3.*choose"):
+        restarts.schedule_steps_after(16)
+
+
+def test_a_checkpoint_of_many_candidates_is_readable(tmp_path):
+    """Each candidate is one tensor, so a deep network's do not exceed what a checkpoint may hold."""
+    model = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(500)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 1)).square().sum().backward()
+    optimizer.step()
+    args = SimpleNamespace(**vars(ARGS) | dict(restarts=8))
+    restarts = Restarts(args, {}, None, 290, None, model, None, optimizer)
+    for number in range(1, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("restarts.on_fresh_views", lambda *_: (0.0, torch.tensor([0])))
+            restarts.keep(number, Log())
+    save_checkpoint(tmp_path / "checkpoint.pth", dict(
+        model=model.state_dict(), config={}, restarts=restarts.state_dict()))
+    found = load_checkpoint(tmp_path / "checkpoint.pth")["restarts"]
+    assert same(found, restarts.state_dict())
+
+
+def test_a_new_candidate_leaves_the_generators_of_gpus_alone(monkeypatch):
+    """They draw the noise, which differs between ranks."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded a GPU"))
+    monkeypatch.setattr("restarts.build_network", lambda *_: nn.Linear(1, 1))
+    model = nn.Linear(1, 1)
+    before = torch.get_rng_state()
+    Restarts(ARGS, {}, None, 28, None, model, None, torch.optim.AdamW(model.parameters())).begin_anew(1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow

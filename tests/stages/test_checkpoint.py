@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import os
 import pickle
 import re
 import sys
@@ -17,7 +18,7 @@ from processes import ROOT, metrics_of
 import checkpoint
 import export
 import pretrained
-from checkpoint import COUNTER, UserError, load_backbone, save_checkpoint
+from checkpoint import COUNTER, UserError, load_backbone, save_checkpoint, write_atomically
 from cli import launch
 from data import PICTURES, input_of
 from model import build_backbone, build_network, build_twist
@@ -329,6 +330,20 @@ def test_our_checkpoints_are_refused_by_name_in_one_line(ours, tmp_path, here):
         assert "bad.pth: " in error and named in error and error.count("\n") == 1, (name, error)
         assert not out.exists()
     here(f"cluster_eval.py --checkpoint {ours} --output-dir {out} --device cpu")
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
+    """As on some network file systems: the file is there by then."""
+    flush, open_files = os.fsync, len(os.listdir("/proc/self/fd"))
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+        flush(descriptor)
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomically(tmp_path / "x.json", b"new")
+    assert (tmp_path / "x.json").read_bytes() == b"new"
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 def test_every_flipped_byte_of_a_weight_is_found(ours, tmp_path):

@@ -12,9 +12,8 @@ from torch import nn
 import distill
 from checkpoint import UserError, load_backbone, load_head, save_checkpoint
 from data import Batches, build_dataset, input_of
-from lincls import fingerprint
 from model import Embedder, build_backbone, build_network
-from pretrained import load_teacher
+from pretrained import fingerprint, load_teacher
 from views import build_views
 
 FLAGS = "--batch-size 64 --epochs 2 --print-every 2 --queue-size 192"

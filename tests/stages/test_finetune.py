@@ -254,13 +254,24 @@ def test_a_grid_validates_each_cell_and_tests_one(grid, network, tmp_path, here)
     for metrics in found.values():
         assert f"{metrics['validation']:.4f}" in said.split("validation top-1:")[1]
     assert f"test top-1 {chosen['test']:.4f}" in said.splitlines()[-1]
+    assert chosen["command"] == f"python {small(network, out, GRID)}"        # which a report shows
 
     plain = "--save-every 2 --print-every 1 --lr 0.3 --weight-decay 0.003 --validate"
     here(small(network, tmp_path / "plain", plain))
     assert_same_run(out / "lr0.3_wd0.003", tmp_path / "plain")
     said, _ = here(small(network, out, GRID))                   # everything is there: nothing is trained
     assert said.count("this run is finished") == 5 and "step 6/6" not in said
-    assert metrics_of(out) == chosen
+    assert metrics_of(out) | {"command": chosen["command"]} == chosen
+
+
+def test_a_grid_of_another_network_is_refused(network, tmp_path, here):
+    shutil.copy(network, tmp_path / "network.pth")
+    here(small(tmp_path / "network.pth", tmp_path / "out", "--lr 0.03"))
+    state = torch.load(tmp_path / "network.pth", weights_only=True)
+    next(value for value in state["model"].values() if value.is_floating_point()).add_(1)
+    torch.save(state, tmp_path / "network.pth")
+    _, err = here(small(tmp_path / "network.pth", tmp_path / "out", "--lr 0.03"), 2)
+    assert err.count("\n") == 1 and "backbone_sha256 was" in err and "another --output-dir" in err
 
 
 def die_after_a_save(number):
@@ -287,7 +298,7 @@ def test_a_killed_grid_goes_on_at_the_first_missing_cell(grid, network, tmp_path
     said, _ = finish(start(command))
     assert "resumed from step 4" in said and said.count("this run is finished") == 1
     assert all((out / "lr0.03_wd0" / name).stat().st_mtime_ns == time for name, time in before.items())
-    assert metrics_of(out) == metrics_of(undisturbed)
+    assert metrics_of(out) | {"command": ""} == metrics_of(undisturbed) | {"command": ""}
     for cell in undisturbed.glob("lr*"):
         assert_same_run(cell, out / cell.name)
 

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py needs a GPU; here its commands are parsed, and most of its parts run on the CPU."""
 
 import importlib
+import runpy
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from cli import parse_args
 def test_commands_are_those_of_the_scripts(command):
     script, *flags = command.split()
     parse_args(importlib.import_module(script.removesuffix(".py")).get_parser(), flags)
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(script):
+    runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="imported")
 
 
 def test_it_says_that_there_is_no_gpu(capsys, monkeypatch):

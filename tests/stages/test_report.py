@@ -20,7 +20,7 @@ from processes import ROOT, STAGES, losses, metrics_of, run, saved_network
 from cli import parse_args
 from data import build_dataset
 from page import Html, curves, data_uri, join, table, tag, ticks
-from results import EVALUATIONS, Evaluation, read_assignments, read_features, read_results
+from results import EVALUATIONS, Evaluation, find_evaluations, read_assignments, read_features, read_results
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 HOSTILE_CLASS = '</script><script>alert("1")</script>&amp;'
@@ -371,6 +371,14 @@ def test_a_run_that_went_wrong(report, copy, line, said):
     assert said in trust and ("Not collapsed" in trust) == ("collapsed" not in line)
 
 
+def test_classes_that_only_the_training_uses_are_named(report, copy):
+    assert "classes in use, where" not in report(copy).texts["trust"]
+    metrics = metrics_of(copy / "classes") | {"num_clusters_used": 1}
+    (copy / "classes/metrics.json").write_text(json.dumps(metrics))
+    trust = report(copy).texts["trust"]
+    assert f"{copy}/classes has only 1 classes in use, where" in trust and "--bn-images 1000" in trust
+
+
 def test_an_old_evaluation_is_named(report, copy):
     assert "older" not in report(copy).texts["trust"]
     os.utime(copy / "knn/metrics.json", (1e9, 1e9))
@@ -448,8 +456,32 @@ def test_scores_of_svms_and_of_unknown_evaluations(tmp_path):
     found = {"pets": {"metric": "mean per class", "test": 0.9, "num_test": 3669}}
     transfer = Evaluation(tmp_path, "transfer", {"sets": found})
     assert list(transfer.scores()) == [("transfer to pets, mean per class", 0.9, 3669)]
+    for metrics, expected in (
+            (dict(random_init=False, miou=0.4, miou_objects=0.3, data="scenes", num_test=200),
+             [("fine-tuned on scenes, miou", 0.4, 200), ("fine-tuned on scenes, miou_objects", 0.3, 200)]),
+            (dict(random_init=True, AP=0.3, AP50=0.5, AP75=0.2, data="voc", num_test=7),
+             [("from scratch on voc, AP", 0.3, 7), ("from scratch on voc, AP50", 0.5, 7),
+              ("from scratch on voc, AP75", 0.2, 7)])):
+        (tmp_path / "run/found").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run/found/metrics.json").write_text(json.dumps(metrics))
+        [found] = find_evaluations(tmp_path / "run")
+        assert list(found.scores()) == expected
     other = Evaluation(tmp_path, "other", {"top": 0.25, "name": "x", "count": 3})
     assert other.values() == {"top": 0.25}
+
+
+def test_whitened_neighbours_have_a_name_and_a_command_of_their_own(tmp_path, trained):
+    run = read_results(trained)
+    for whiten, name, flag in ((False, "20-NN, top 1", ""), (True, "20-NN, whitened, top 1", " --whiten")):
+        metrics = dict(metrics_of(trained / "knn"), whiten=whiten)
+        evaluation = Evaluation(tmp_path / "knn", "knn", metrics)
+        assert name in evaluation.values()
+        assert run.command("knn", evaluation).endswith(f"--output-dir {tmp_path}/knn{flag}")
+
+
+def test_the_command_of_a_grid_is_the_one_that_was_typed(tmp_path, trained):
+    evaluation = Evaluation(tmp_path, "finetune", dict(metric="top-1", command="python finetune.py --grid"))
+    assert read_results(trained).command("finetune", evaluation) == "python finetune.py --grid"
 
 
 def test_the_embedded_networks_file_makes_a_run(tmp_path):

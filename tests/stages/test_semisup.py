@@ -14,8 +14,8 @@ import checkpoint
 import pretrained
 import semisup
 from checkpoint import UserError
-from data import Batches, ImageSet, build_dataset, eval_batches, input_of
-from semisup import draw_labels, label_lines, read_labels
+from data import Batches, ImageSet, build_dataset, draw_labels, eval_batches, input_of
+from semisup import label_lines, read_labels
 from views import Views
 
 NAMES = ["n01440764", "n01443537", "n02002724"]

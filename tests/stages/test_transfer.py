@@ -27,8 +27,8 @@ import transfer
 from checkpoint import UserError
 from data import hold_out
 from pretrained import load_twist
-from transfer import METRICS, PUBLISHED, evaluate, map_11_points, mean_per_class, table, top_1
-from transfer_sets import SETS, TABLE_4, read_set
+from transfer import PUBLISHED, evaluate, table
+from transfer_sets import METRICS, SETS, TABLE_4, map_11_points, mean_per_class, read_set, top_1
 
 
 # ---------------------------------------------------------------- the sets' files
