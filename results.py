@@ -123,10 +123,11 @@ class Results(NamedTuple):
         """Yields a sentence for each evaluation that may mislead."""
         checkpoint, in_training = self.folder / "checkpoint.pth", self.last.get("classes", 0)
         for folder, _, metrics in self.evaluations:
-            written, used = (folder / "metrics.json").stat().st_mtime, metrics.get("num_clusters_used")
+            written = (folder / "metrics.json").stat().st_mtime
             if checkpoint.exists() and written < checkpoint.stat().st_mtime - 60:
                 yield f"{folder} is older than the checkpoint: evaluate again."
-            if used is not None and used < in_training / 2:
+            used = metrics.get("num_clusters_used", in_training)
+            if used < min(in_training, metrics.get("num_images", 0)) / 2 and "kmeans" not in metrics:
                 yield (f"{folder} has only {used} classes in use, where a batch of the training has "
                        f"{in_training:.2f}: after few steps the statistics of the batch norms lag behind. "
                        "Evaluate with cluster_eval.py --bn-images 1000, or train for longer.")

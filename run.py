@@ -457,14 +457,14 @@ def refuse_difference(state, config, where):
     """Raises UserError that names the settings in which a checkpoint differs from the run that resumes it."""
     before = {**state["config"], "stage": state.get("stage")}
     keys = sorted((before.keys() & config.keys()) - FREE_FLAGS)
-    different = [f"{key} was {before[key]}, is {config[key]}" for key in keys if before[key] != config[key]]
-    if different:
-        remedy = "use the same flags, another --output-dir, or --overwrite"
-        if before.get("pictures") != config.get("pictures"):
-            remedy = "put the pictures back as they were, or take another --output-dir, or --overwrite"
-        if "init" in config and {"epochs", "data"} & {line.split()[0] for line in different}:
+    changed = [key for key in keys if before[key] != config[key]]
+    if changed:
+        different = "; ".join(f"{key} was {before[key]}, is {config[key]}" for key in changed)
+        same = "put the pictures back as they were" if changed == ["pictures"] else "use the same flags"
+        remedy = f"{same}, another --output-dir, or --overwrite"
+        if "init" in config and {"epochs", "data"} & {*changed}:
             remedy += f"; to go on with its weights, add --init {where} to another --output-dir"
-        raise UserError(f"{where}: made with another configuration ({'; '.join(different)}); {remedy}")
+        raise UserError(f"{where}: made with another configuration ({different}); {remedy}")
 
 
 @contextmanager
