@@ -295,7 +295,7 @@ def test_pictures_without_labels(pictures, tmp_path):
 @pytest.mark.parametrize("data, names", [
     ("sound", None), ("none", "'{root}/none' is neither a data set"), ("empty", "{root}/empty: no pictures"),
     ("notes", "{root}/notes: no pictures"),
-    ("sound/train/0.png", "sound/train/0.png: is a picture; give its folder"),
+    ("sound/train/china/0.jpg", "train/china/0.jpg: is a picture; give its folder"),
     ("gap.txt", "{root}/gap.txt: line 65 names a missing file, {root}/sound/train/dog.jpg")])
 def test_bad_data_is_one_line_and_code_2(pictures, data, names, here, tmp_path):
     command = f"{ON_FILES} --epochs 1 --workers 0 --output-dir {tmp_path}/out --data {pictures}/{data}"
