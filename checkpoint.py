@@ -113,7 +113,10 @@ def load_last_checkpoint(out):
             return load_checkpoint(last)
         except UserError as error:
             to_stderr(f"warning: {error}; going back to {previous.name}")
-    state = load_checkpoint(previous)
+    try:
+        state = load_checkpoint(previous)
+    except UserError as error:
+        raise UserError(f"{error}; or start anew with --overwrite") from None
     if last.exists():
         try:
             os.replace(last, out / "checkpoint.damaged.pth")

@@ -26,6 +26,7 @@ UNIFORMS = 40
 COLOUR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
 DEVICE_SIDE = 640                # pixels; of larger pictures workers cut the crops, whatever --crop-on says
+BOX = ("top", "left", "height", "width", "flip")         # of a crop, in the order that resize takes them
 JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
 # The jitter's operations, by number, in a sequence that contains each of their 24 orders: every image takes
 # its own operations from it. None shorter does, and hue, which costs most, is in it only twice.
@@ -146,7 +147,8 @@ class Views(nn.Module):
         whole, plans, crops = packed["order"][:len(pictures)], [], []
         for view, first, end in self.groups:
             for u in uniforms[first:end, whole]:
-                plans.append([(view.resize, list(view.draw_crop(u, *packed["sizes"].T).values()))])
+                box = view.draw_crop(u, *packed["sizes"].T)
+                plans.append([(view.resize, [box[name] for name in BOX])])
         for [(resize, drawn)], large in zip(send(plans, device), packed["crops"], strict=True):
             large = large.to(device, non_blocking=True).float() / 255
             both = torch.cat([resize(pictures, *drawn), large])
@@ -258,7 +260,7 @@ class RandomView(nn.Module):
         self.lighting, self.gray_first, self.interpolation = lighting, gray_first, interpolation
 
     def draw_crop(self, u, height, width):
-        """Box of the crop and whether to mirror it, a dict of [B]: top, left, height, width, flip.
+        """Box of the crop and whether to mirror it, a dict of [B] with the names of BOX.
 
         u: uniform numbers [B, UNIFORMS] on the CPU. height, width: of the images, a number or [B].
         """
@@ -307,8 +309,7 @@ class RandomView(nn.Module):
         """
         heights, widths = torch.tensor([picture.shape[1:] for picture in pictures]).view(-1, 2).T
         drawn = self.draw_crop(u, heights, widths)
-        keys = ("top", "left", "height", "width", "flip")
-        boxes = torch.stack([drawn[key] for key in keys], 1).int().tolist()
+        boxes = torch.stack([drawn[name] for name in BOX], 1).int().tolist()
         crops = torch.empty(len(pictures), 3, self.size, self.size, dtype=torch.uint8)
         for crop, picture, (top, left, h, w, flip) in zip(crops, pictures, boxes, strict=True):
             part = picture[None, :, top:top + h, left:left + w]
@@ -331,7 +332,8 @@ class RandomView(nn.Module):
                 plan[place] = partial(_change, op), [index + first, *params]
 
         if frame is not None:
-            plan[0] = self.resize, list(self.draw_crop(u, *frame).values())
+            box = self.draw_crop(u, *frame)
+            plan[0] = self.resize, [box[name] for name in BOX]
         names = ("brightness", "contrast", "saturation", "hue")
         ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
         possible = range(4 if is_colour else 2)            # saturation and hue change nothing in a gray image
@@ -354,7 +356,7 @@ class RandomView(nn.Module):
         return plan
 
     def resize(self, images, top, left, height, width, flip):
-        """crop_resize to this view's size, in the order of draw_crop."""
+        """crop_resize to this view's size; the arguments are those of BOX."""
         return crop_resize(images, top, left, height, width, self.size, flip, self.interpolation)
 
     def make(self, x, plan):

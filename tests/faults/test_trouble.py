@@ -224,6 +224,10 @@ def test_the_next_save_keeps_the_checkpoint_that_was_gone_back_to(tmp_path, capf
     checkpoint.save_checkpoint(tmp_path / "checkpoint.pth", dict(model={}, config={}, step=3))
     assert [checkpoint.load_checkpoint(tmp_path / name)["step"]
             for name in ("checkpoint.pth", "checkpoint.prev.pth")] == [3, 1]
+    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(checkpoint.UserError, match="prev.pth: not a readable .*start anew with --overwrite"):
+        checkpoint.load_last_checkpoint(tmp_path)
 
 
 def test_logs_are_read_whole(tmp_path):
