@@ -410,7 +410,7 @@ def refuse_empty_classes(dataset, indices, where):
     counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
     if 0 in counts:
         raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "
-                        f"{int((counts == 0).sum())} of {len(counts)} classes; label more images")
+                        f"{int((counts == 0).sum())} of {len(counts)} classes; take more images")
 
 
 def draw_labels(dataset, fraction, seed):

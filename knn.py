@@ -38,8 +38,8 @@ def get_parser():
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     folder_flags(parser)
     add = parser.add_argument_group("vote").add_argument
-    add("--k", type=at_least(1), nargs="+", default=[10, 20, 100, 200],
-        help="numbers of neighbours that vote")
+    add("--k", type=at_least(1), nargs="+",
+        help="numbers of neighbours that vote; without it those of 10, 20, 100 and 200 that there are")
     add("--temperature", type=at_least(0.002, float), default=0.07,
         help="T of the weights exp(similarity / T)")
     add("--whiten", action="store_true",
@@ -203,7 +203,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     train, test = labelled(args, config)
-    if max(args.k) > len(train):
+    if max(args.k or [1]) > len(train):
         raise UserError(f"--k {max(args.k)}: there are only {len(train)} training images; choose at most "
                         "that many")
     out = make_evaluation_folder(args.output_dir)
@@ -225,13 +225,14 @@ def main(args):
     num_broken = num_images - len(train) - len(test)
 
     # ---------------------------------------------------------------- eval
-    if max(args.k) > len(train):
-        raise UserError(f"--k {max(args.k)}: only {len(train)} training images can be read; choose at most "
+    ks = args.k or [k for k in (10, 20, 100, 200) if k <= len(train)] or [len(train)]
+    if max(ks) > len(train):
+        raise UserError(f"--k {max(ks)}: only {len(train)} training images can be read; choose at most "
                         "that many")
     try:
         if args.whiten:
             train_features, features = whiten(train_features, features)
-        similarity, index = nearest_neighbours(train_features, features.to(device), max(args.k))
+        similarity, index = nearest_neighbours(train_features, features.to(device), max(ks))
     except ValueError as error:
         raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
     neighbour_labels = train.labels[index.cpu()]                                          # [N, max k]
@@ -244,7 +245,7 @@ def main(args):
     metrics = {"checkpoint": args.checkpoint, "data": name, "amp": args.amp, "temperature": args.temperature,
                "whiten": args.whiten, "num_train": len(train), "num_test": len(test),
                "num_broken": num_broken, "top1": {}, "top5": {}}
-    for k in args.k:
+    for k in ks:
         scores = vote(similarity[:, :k], neighbour_labels[:, :k], args.temperature, num_classes)
         scores, classes = scores.topk(min(5, num_classes))                                # [N, 5]
         hits = (classes == test.labels[:, None]) & (scores > 0)       # 0: no neighbour is of that class

@@ -236,6 +236,15 @@ def test_command(here, network, tmp_path, monkeypatch, interpolation):
     assert metrics["num_train"] == 512 and metrics["num_test"] == 256 and metrics["num_broken"] == 0
 
 
+@pytest.mark.parametrize(("number", "ks"), [
+    (9, [9]), (10, [10]), (150, [10, 20, 100]), (512, [10, 20, 100, 200])])
+def test_without_k_only_neighbours_that_are_there_vote(here, network, tmp_path, monkeypatch, number, ks):
+    monkeypatch.setattr(data, "build_dataset",
+                        lambda *args, **options: build_dataset(*args, **options).subset(slice(number)))
+    here(f"knn.py --checkpoint {network} --output_dir {tmp_path} --device cpu")
+    assert [*metrics_of(tmp_path)["top1"]] == [str(k) for k in ks]
+
+
 def test_two_processes_equal_one(network, tmp_path):
     for ranks in (1, 2):
         run(f"knn.py --checkpoint {network} --output-dir {tmp_path}/{ranks} --device cpu", ranks=ranks)
