@@ -203,7 +203,7 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     train, test = labelled(args, config)
-    if max(args.k or [1]) > len(train):
+    if args.k and max(args.k) > len(train):
         raise UserError(f"--k {max(args.k)}: there are only {len(train)} training images; choose at most "
                         "that many")
     out = make_evaluation_folder(args.output_dir)

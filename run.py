@@ -45,6 +45,7 @@ CHECK_EVERY = 50                 # the ranks agree at least every so many steps
 # These flags change where and how fast a run computes, not what; they may differ when it resumes.
 FREE_FLAGS = {"workers", "print_every", "save_every", "knn_every", "device", "amp", "output_dir", "timeout",
               "resume", "overwrite", "data_dir"}
+OF_FILES = {"pictures", "labels_sha256", "backbone_sha256", "teacher_sha256"}    # settings that files tell
 RUN_FILES = ("config.json", "checkpoint.pth", "checkpoint.prev.pth", "backbone.pth", "backbone_student.pth",
              "backbone.json", "backbone_student.json", "log.jsonl", "metrics.json", "curves.png", "head.pth",
              "predictions.csv", "labels.txt", "checkpoint.damaged.pth", "report.html", "comparison.html",
@@ -460,7 +461,7 @@ def refuse_difference(state, config, where):
     changed = [key for key in keys if before[key] != config[key]]
     if changed:
         different = "; ".join(f"{key} was {before[key]}, is {config[key]}" for key in changed)
-        same = "put the pictures back as they were" if changed == ["pictures"] else "use the same flags"
+        same = "put the files back as they were" if OF_FILES.issuperset(changed) else "use the same flags"
         remedy = f"{same}, another --output-dir, or --overwrite"
         if "init" in config and {"epochs", "data"} & {*changed}:
             remedy += f"; to go on with its weights, add --init {where} to another --output-dir"

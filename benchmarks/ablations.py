@@ -3,7 +3,7 @@
     make ablations          45 runs, two at a time, about an hour; the same command resumes
 
 A run is a line of docs/ablations.csv. The script prints the tables that stand in docs/ablations.md, and draws
-docs/figures/ablations_*.png. That file has all runs, so the script only prints: to repeat them, delete it.
+docs/figures/ablations_*.png. docs/ablations.csv has all runs: to repeat them, delete it first.
 
 loss, sharpness, diversity, std_col, std_row, grad: means over the last quarter of a run's steps (see
 docs/method.md). 20-NN: cosine, T = 0.07, of the 10,000 test images against 10,000 labelled training images.

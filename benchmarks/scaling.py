@@ -34,7 +34,7 @@ from optim import param_groups  # noqa: E402
 BASE = dict(V=4, C=256, B=32)                    # views of an image, classes, images of a step
 SIZES = dict(V=(2, 4, 8, 16), C=(1024, 4096, 16384, 65536), B=(16, 32, 64, 128))
 ROUNDS, TURNS, STEPS, BATCH = 5, 5, 5, 128       # TURNS of STEPS steps with BATCH images, two views of each
-COLLECTIVES = 500
+COLLECTIVES = 500                                # calls of all_reduce, to time one
 REQUIRED = dict(V=1.05, C=1.05)                  # the largest exponents of time
 
 

@@ -610,7 +610,7 @@ def test_a_run_does_not_resume_with_other_pictures(stage, trained, folders, tmp_
         _, err = here(command, code=2)
         assert err.count("\n") == 1 and "made with another configuration" in err
         assert "pictures was 37 files, CRC-32 " in err and f", is {number} files, CRC-32 " in err
-        assert "put the pictures back as they were, another --output-dir, or --overwrite" in err
+        assert "put the files back as they were, another --output-dir, or --overwrite" in err
         undo()
     out, _ = here(command)
     assert "this run is finished" in out

@@ -271,7 +271,8 @@ def test_a_grid_of_another_network_is_refused(network, tmp_path, here):
     next(value for value in state["model"].values() if value.is_floating_point()).add_(1)
     torch.save(state, tmp_path / "network.pth")
     _, err = here(small(tmp_path / "network.pth", tmp_path / "out", "--lr 0.03"), 2)
-    assert err.count("\n") == 1 and "backbone_sha256 was" in err and "another --output-dir" in err
+    assert err.count("\n") == 1 and "backbone_sha256 was" in err
+    assert "put the files back as they were, another --output-dir, or --overwrite" in err
 
 
 def die_after_a_save(number):
