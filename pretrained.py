@@ -109,12 +109,30 @@ def load_trained(path):
     Raises UserError for a bare backbone, and for a network that was trained by an objective without classes.
     """
     content, verified = read_file(path)
-    published = None if is_ours(content) else read_published(content, path)
-    state = published if published and verified else require_ours(content, verified, path)
+    state = _trained(content, path) if verified else None
+    if state is None:
+        require_ours(content, verified, path)            # says what is wrong with it
     loss = state["config"].get("loss", "twist")
     if loss != "twist":
         raise UserError(f"{path}: holds no classes, because its loss was {loss}; use one of pretrain.py")
     return state
+
+
+def _trained(content, path, published=True):
+    """A file's content as {model, config, maybe teacher}, if a run pre-trained it, else None.
+
+    published: also of TWIST's released code. Raises UserError for a run that trained a network or classifiers
+    with labels.
+    """
+    if not is_ours(content):
+        return read_published(content, path) if published else None
+    stage = content.get("stage", "pretrain")
+    if stage not in ("pretrain", "selflabel", "barlow", "distill"):
+        backbone = Path(path).with_name("backbone.pth")
+        other = backbone if backbone.is_file() else content["config"].get("checkpoint")
+        raise UserError(f"{path}: holds what {printable(str(stage))}.py trained with labels; use "
+                        f"{printable(str(other))}, which has its backbone")
+    return content
 
 
 def load_pretrained(path, arch=None, small_images=False, key=None):
@@ -137,9 +155,7 @@ def load_teacher(path, arch=None, head="auto"):
 def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch", key_flag="--key"):
     """(backbone, configuration, place of the backbone in the file); the flags are those of the stage."""
     content, _ = read_file(path)
-    trained = content if is_ours(content) else None
-    if trained is None and arch is None:
-        trained = read_published(content, path)
+    trained = _trained(content, path, published=arch is None)
     config = trained["config"] if trained else read_description(path)
     if config and arch not in (None, config.get("arch")):
         raise UserError(f"{arch_flag} {arch}: {path} holds a {config.get('arch')}; leave {arch_flag} out")
@@ -178,7 +194,7 @@ def load_init(network, args):
     if args.restarts > 1:
         raise UserError(f"--restarts {args.restarts}: all would start from --init; use --restarts 1")
     content, _ = read_file(args.init)
-    trained = content if is_ours(content) else read_published(content, args.init)
+    trained = _trained(content, args.init)
     if trained is None:
         load_backbone(network.backbone, args.init)
         say_once(f"--init {args.init}: the backbone starts from it, the head anew")

@@ -111,7 +111,8 @@ def health(run):
         raise Absent("log.jsonl, which tells how the training went", run.training_command())
     total = next((line["config"].get("total_steps") for line in run.lines if "config" in line), "?")
     status = next((line["status"] for line in reversed(run.lines) if "status" in line), "no end in the log")
-    said = [f"The training is finished: {last['step']:,} steps."]
+    few = " These are few: plan for hundreds, by --epochs." if last["step"] < 200 else ""
+    said = [f"The training is finished: {last['step']:,} steps.{few}"]
     if status != "done":
         said = [join(tag("strong", "Not finished"), f": step {last['step']} of {total}, {status}.")]
     if "collapsed" in last:

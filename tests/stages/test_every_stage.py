@@ -1,7 +1,9 @@
 """Each stage runs to its end, and after a kill the same command ends with the bits of the undisturbed run."""
 
+import argparse
 import functools
 import os
+import re
 import signal
 
 import pytest
@@ -19,9 +21,9 @@ from processes import (
 )
 
 import run
-from checkpoint import load_checkpoint
+from checkpoint import UserError, load_checkpoint
 from data import input_of
-from pretrained import load_pretrained
+from pretrained import load_init, load_pretrained, load_teacher, load_trained
 
 FILES = {                        # besides those of every stage
     "pretrain": {"backbone.pth", "backbone.json", "backbone_student.pth", "backbone_student.json",
@@ -74,6 +76,17 @@ def test_backbones_are_those_of_the_checkpoint(stage, straight):
         expected = {key.removeprefix("backbone."): tensor for key, tensor in state[part].items()
                     if key.startswith("backbone.")}
         assert same(torch.load(out / name, weights_only=True), expected)
+
+
+@pytest.mark.parametrize("stage", ["lincls", "semisup", "finetune", "segment", "detect"])
+def test_what_labels_trained_is_refused_with_its_backbone(stage, straight):
+    out = straight(stage).out
+    backbone = out / "backbone.pth" if stage != "lincls" else metrics_of(out)["checkpoint"]
+    expected = f"checkpoint.pth: holds what {stage}.py trained with labels; use {backbone}, which has its"
+    args = argparse.Namespace(init=out / "checkpoint.pth", output_dir=out / "no", resume="auto", restarts=1)
+    for read in (load_trained, load_pretrained, load_teacher, lambda path: load_init(None, args)):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            read(out / "checkpoint.pth")
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "lincls"])

@@ -310,7 +310,7 @@ def test_what_is_missing_is_named_with_a_command_that_makes_it(report, copy, mon
         assert "Not here" in page.texts[ident]
     commands = set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["scores"]))
     assert commands >= set(re.findall(r"python \w+\.py --checkpoint .*", page.texts["map"])) > set()
-    of_other_data = {"svm", "transfer", "finetune"}
+    of_other_data = {"svm", "transfer", "finetune", "segment", "detect"}
     assert {words.split()[1][:-3] for words in commands} == EVALUATIONS.keys() - of_other_data
     for command in commands:
         _, script, *words = shlex.split(command)
@@ -369,6 +369,14 @@ def test_a_run_that_went_wrong(report, copy, line, said):
         log.write(json.dumps(line) + "\n")
     trust = report(copy).texts["trust"]
     assert said in trust and ("Not collapsed" in trust) == ("collapsed" not in line)
+
+
+def test_few_steps_are_named(report, copy):
+    assert "72 steps. These are few: plan for hundreds" in report(copy).texts["trust"]
+    with open(copy / "log.jsonl", "a") as log:
+        log.write(json.dumps(losses(copy)[-1] | {"step": 200}) + "\n")
+    trust = report(copy).texts["trust"]
+    assert "200 steps." in trust and "few" not in trust
 
 
 def test_classes_that_only_the_training_uses_are_named(report, copy):
