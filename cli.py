@@ -128,6 +128,17 @@ def keep_memory():
                 ctypes.CDLL(None).mallopt(option, value)
 
 
+# ---------------------------------------------------------------- threads
+def run_in_turns():
+    """Asks Linux not to interrupt a thread for one that wakes up (SCHED_BATCH); later threads inherit it.
+
+    In each collective of gloo several threads wake each other. On two cores one in ten of these calls took a
+    tick of the scheduler, 4 ms, where 0.3 are enough (docs/scaling.md).
+    """
+    with suppress(AttributeError, OSError):      # other systems have no such policy, a sandbox may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 # ---------------------------------------------------------------- exit codes
 def launch(main, parser, argv=None):
     """Parses the flags, runs main(args) and turns errors into one line and an exit code.
@@ -141,6 +152,8 @@ def launch(main, parser, argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")        # a pipe on Windows lacks most letters
     args = parse_args(parser, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and getattr(args, "device", None) == "cpu":
+        run_in_turns()
     rank, restarts, shared = (os.environ.get(name) for name in (
         "RANK", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"))
     if rank == "0" and restarts not in (None, "0") and shared == "True":

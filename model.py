@@ -94,7 +94,7 @@ class _Normalize(torch.autograd.Function):
             dx = torch.batch_norm_backward_elemt(dy, x, mean, spread, weight, *sums, counts.flatten().int())
         else:
             of_bias, of_weight = -scale * (spread + ctx.eps).rsqrt() * sums / counts.sum()
-            dx = (dx + _with_statistics(z, of_weight, of_bias, mean, spread, ctx.eps)).to(x.dtype)
+            dx = dx.add_(_with_statistics(z, of_weight, of_bias, mean, spread, ctx.eps)).to(x.dtype)
         return dx, *((d_weight, d_bias) if affine else (None, None)), None, None
 
 

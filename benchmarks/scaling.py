@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.loss import saved_bytes  # noqa: E402
-from cli import keep_memory  # noqa: E402
+from cli import keep_memory, run_in_turns  # noqa: E402
 from loss import twist_loss  # noqa: E402
 from model import Twist  # noqa: E402
 from optim import param_groups  # noqa: E402
@@ -44,7 +44,10 @@ class Step:
     def __init__(self, V, C, B, world_size=1):
         torch.manual_seed(0)
         self.model = Twist("resnet8", num_classes=C, hidden_dim=256).to(memory_format=torch.channels_last)
-        self.ddp = DistributedDataParallel(self.model) if world_size > 1 else self.model
+        self.ddp = self.model
+        if world_size > 1:                       # with the flags of a stage
+            self.ddp = DistributedDataParallel(self.model, broadcast_buffers=False,
+                                               gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, 1e-4), lr=1e-3)
         self.views = [torch.randn(B // world_size, 3, 20, 20) for _ in range(V)]
         self.views = [x.contiguous(memory_format=torch.channels_last) for x in self.views]
@@ -96,6 +99,7 @@ def serve(pipe, rank, world_size, threads, port):
     """A process that does what it is told, so many times, and answers with seconds, clock and CPU."""
     torch.set_num_threads(threads)
     if world_size > 1:
+        run_in_turns()                           # as a stage does
         dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world_size)
     step, sums = Step(2, 10, BATCH, world_size), torch.zeros(129)          # sums: as of 64 channels
     actions = {"step": step.run, "all_reduce": lambda: dist.all_reduce(sums)}

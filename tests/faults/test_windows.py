@@ -106,3 +106,23 @@ def test_glibc_knows_the_options():
     program = "import cli, ctypes; print([ctypes.CDLL(None).mallopt(*o) for o in cli.MALLOPT.values()])"
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout.strip() == str([1] * len(cli.MALLOPT)), said.stderr
+
+
+POLICY = """import argparse, os, cli
+parser = argparse.ArgumentParser()
+parser.add_argument("--device")
+cli.launch(lambda args: print(os.sched_getscheduler(0) == os.SCHED_BATCH), parser)"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a scheduler without this policy")
+@pytest.mark.parametrize("world_size, device, in_turns", [
+    (2, "cpu", True), (2, "mps", False), (1, "cpu", False)])
+def test_processes_of_gloo_alone_run_in_turns(world_size, device, in_turns):
+    said = subprocess.run([sys.executable, "-c", POLICY, "--device", device], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"WORLD_SIZE": str(world_size)})
+    assert said.stdout.strip() == str(in_turns), said.stderr
+
+
+def test_a_system_without_the_policy_is_left_as_it_is(monkeypatch):
+    monkeypatch.delattr(os, "sched_setscheduler", raising=False)
+    cli.run_in_turns()
