@@ -82,21 +82,14 @@ def load_checkpoint(path):
 
 
 def require_ours(state, verified, path):
+    """Returns what read_file found in a file. Raises UserError unless it is a checkpoint of this project."""
     if not verified:
         raise UserError(f"{path}: not a readable checkpoint (not a zip-format PyTorch file, or cut short); "
                         "use another")
     if not is_ours(state):
-        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it)"
-                        f"{_hint_at_run(path)}")
+        raise UserError(f"{path}: not a checkpoint of this project (no 'model' and 'config' in it); use the "
+                        "checkpoint.pth of a run")
     return state
-
-
-def _hint_at_run(path):
-    """For a bare backbone, which lies beside the checkpoint of its run."""
-    beside = Path(path).with_name("checkpoint.pth")
-    if beside.is_file() and beside != Path(path):
-        return f"; the run's whole network is in {beside}"
-    return "; use a run's checkpoint.pth"
 
 
 def load_last_checkpoint(out):

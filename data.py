@@ -407,6 +407,7 @@ def hold_out(labels, share, seed):
 
 
 def refuse_empty_classes(dataset, indices, where):
+    """Raises UserError if a class has no image among these indices; where: the flag that chose them."""
     counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
     if 0 in counts:
         raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "

@@ -1,6 +1,6 @@
 """Fashion-MNIST: every stage with several seeds, compared with raw pixels. The same command resumes.
 
-    python benchmarks/fashion_mnist.py                                everything, about 150 runs
+    python benchmarks/fashion_mnist.py                                everything, up to 280 runs
     python benchmarks/fashion_mnist.py --recipes classes --seeds 10   the default run, one seed, all roundings
 
 A run is a line of OUTPUT_DIR/results.csv. What finds classes runs with 10 seeds, 1 and 2 threads and each
@@ -12,7 +12,8 @@ ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitt
 20-NN: cosine, T = 0.07, against all 60,000 labelled training images; whitened: the same with knn.py
 --whiten. Linear: multinomial logistic regression on centred and scaled features. Its C is chosen on 10,000
 held-out training images; then it is fitted on all.
-top1: lincls.py and semisup.py on the test images, from the backbone of `representation`. cpu_seconds: of all
+top1: lincls.py and semisup.py on the test images, from the backbone of `representation`, or from the same
+after ten epochs instead of three. cpu_seconds: of all
 threads of the command, its start-up included; of a run that was stopped and resumed, its last part alone.
 """
 
@@ -48,9 +49,11 @@ RECIPES = {       # name: (the recipe whose network it starts from, command)
     "classes": (None, ["pretrain.py"]),
     "2 × 2 places": (None, ["pretrain.py", "--arch", "resnet8_2x2"]),
     "representation": (None, ["pretrain.py", "@recipes/fashion_mnist_representation.txt"]),
+    "ten epochs": (None, ["pretrain.py", "@recipes/fashion_mnist_representation.txt", "--epochs", "10"]),
     "self-labelled": ("classes", ["selflabel.py", "@recipes/fashion_mnist_selflabel.txt"]),
     "linear": ("representation", ["lincls.py", "@recipes/fashion_mnist_lincls.txt"]),
     "1 % fine-tuned": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_1.txt"]),
+    "1 %, ten epochs": ("ten epochs", ["semisup.py", "@recipes/fashion_mnist_semisup_1.txt"]),
     "1 % from scratch": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_1.txt",
                                             "--min-scale", "0.7", "--random-init"]),
     "10 % fine-tuned": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt"]),
