@@ -58,7 +58,7 @@ RECIPES = {       # name: (the recipe whose network it starts from, command)
                                             "--min-scale", "0.7", "--random-init"]),
     "10 % fine-tuned": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt"]),
     "10 % from scratch": ("representation", ["semisup.py", "@recipes/fashion_mnist_semisup_10.txt",
-                                             "--lr", "0.03", "--random-init"]),
+                                             "--random-init"]),
 }
 FIND_CLASSES = ("classes", "2 × 2 places", "self-labelled")
 SEEDS_OF_THE_REST = 5
