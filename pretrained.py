@@ -121,17 +121,16 @@ def load_trained(path):
 def _trained(content, path, published=True):
     """A file's content as {model, config, maybe teacher}, if a run pre-trained it, else None.
 
-    published: also of TWIST's released code. Raises UserError for a run that trained a network or classifiers
-    with labels.
+    published: also of TWIST's released code. Raises UserError for a run of a stage that trains with labels.
     """
     if not is_ours(content):
         return read_published(content, path) if published else None
-    stage = content.get("stage", "pretrain")
-    if stage not in ("pretrain", "selflabel", "barlow", "distill"):
+    stage = content.get("stage")
+    if stage in ("lincls", "semisup", "finetune", "segment", "detect"):
         backbone = Path(path).with_name("backbone.pth")
         other = backbone if backbone.is_file() else content["config"].get("checkpoint")
-        raise UserError(f"{path}: holds what {printable(str(stage))}.py trained with labels; use "
-                        f"{printable(str(other))}, which has its backbone")
+        raise UserError(f"{path}: holds what {stage}.py trained with labels; use {printable(str(other))}, "
+                        "which has its backbone")
     return content
 
 

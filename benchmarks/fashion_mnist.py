@@ -13,8 +13,8 @@ ACC, NMI, ARI, AMI: predicted classes of the 10,000 test images; k-means is fitt
 --whiten. Linear: multinomial logistic regression on centred and scaled features. Its C is chosen on 10,000
 held-out training images; then it is fitted on all.
 top1: lincls.py and semisup.py on the test images, from the backbone of `representation`, or from the same
-after ten epochs instead of three. cpu_seconds: of all
-threads of the command, its start-up included; of a run that was stopped and resumed, its last part alone.
+after ten epochs instead of three. cpu_seconds: of all threads of the command, its start-up included; of a run
+that was stopped and resumed, its last part alone.
 """
 
 import argparse

@@ -451,6 +451,12 @@ def test_networks_without_classes_give_their_backbone(loss, stage, tmp_path):
         load_twist(tmp_path / "c.pth")
 
 
+def test_a_stage_of_ones_own_is_read_as_one_that_pretrains(tmp_path):
+    network = build_network(CONFIG)
+    save_checkpoint(tmp_path / "c.pth", {"model": network.state_dict(), "config": CONFIG, "stage": "mine"})
+    assert_holds(load_twist(tmp_path / "c.pth")[0], network.state_dict())
+
+
 def test_other_files_need_an_arch_and_are_of_pictures(tmp_path):
     torch.save(NET, tmp_path / "backbone.pth")
     with pytest.raises(UserError, match="--arch: .*backbone.pth is no training checkpoint of this project"):
