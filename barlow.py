@@ -40,8 +40,8 @@ def get_parser():
     add("--data", default="fashion-mnist",
         help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, list or shards")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
-        "like fashion-mnist and mnist for these sets, barlow for others")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: for "
+        "fashion-mnist and mnist those of that name, barlow for others")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
@@ -81,7 +81,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")

@@ -137,10 +137,8 @@ def write_atomically(path, content):
     except (OSError, RuntimeError) as error:                    # torch.save turns some into a RuntimeError
         if "DataLoader worker" in str(error):                   # a worker was killed meanwhile: not our error
             raise
-        try:
+        with suppress(OSError):
             beside.unlink(missing_ok=True)                      # half a file would keep the disk full
-        except OSError:
-            pass
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); make room or restore the folder, and run the "
@@ -184,7 +182,7 @@ class Loaded(NamedTuple):
     others: list                 # places of other networks in the file that would have fitted
     loaded: int                  # number of tensors
     left_over: list              # names of all other tensors in the file
-    missing: list                # the backbone's names that keep their value
+    missing: list                # counters of batch norms, which the file lacks
     verified: bool               # whether the file has checksums
 
 
@@ -196,14 +194,13 @@ class _Place(NamedTuple):
     problem: str                 # why it is not the whole network; empty: it is
 
 
-def load_backbone(backbone, path, key=None, partial=False):
+def load_backbone(backbone, path, key=None):
     """Loads a backbone of build_backbone from a file of any project, prints what it did, returns a Loaded.
 
     A place is a prefix in the file's nested dicts (`module.`, `state_dict` and `module.encoder_q.`, ...) with
     the backbone's names behind it, in one of SPELLINGS. It fits if every tensor has its shape and the same
     layers hold nothing else. Of several that fit, _preference decides, or key: a place or a word of it.
     All num_batches_tracked may be missing, because evaluation does not read them.
-    partial: load what fits from the place with most names, and report the rest.
     Raises UserError that names the tensors that do not fit, or the networks that it cannot choose between.
     """
     content, verified = read_file(path)
@@ -217,11 +214,11 @@ def load_backbone(backbone, path, key=None, partial=False):
         raise UserError(f"{path}: holds none of the network's names{f' under {key}' if key else ''}; it has "
                         f"{_first(tensors, 3)}, the network {_first(expected, 3)}; is --arch right?")
     fitting = [place for place in places if not place.problem]
-    if not fitting and not partial:
+    if not fitting:
         raise UserError(f"{path}: is not this network ({places[0].problem}), looked for in "
                         f"{places[0].prefix or 'its top level'}; is --arch right?")
     fitting.sort(key=lambda place: (place.prefix != key, _preference(place.prefix), place.prefix.count(".")))
-    best, *others = fitting or places[:1]
+    best, *others = fitting
     if best.prefix != key:
         _refuse_ambiguous(best, others, tensors, path)
     from_moco3 = re.search("base_encoder|momentum_encoder", best.prefix)

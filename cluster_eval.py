@@ -170,7 +170,7 @@ def top5(probabilities, clusters, chunk=4096):
 
 
 def evaluate_with_noise(labels, predictions, probabilities=None):
-    """`evaluate`, where a prediction of -1 is in no cluster: wrong for ACC, else a cluster of its own."""
+    """`evaluate`, but negative predictions are wrong for ACC, else a cluster, and acc_top5 is left out."""
     sound = predictions >= 0
     if sound.all():
         return evaluate(labels, predictions, probabilities)
@@ -198,8 +198,6 @@ def load_clusters(args):
 def build_parts(args, config):
     """(images to score, training images or None) of --data, else of the checkpoint's data."""
     name, options, train = args.data or config["data"], folder_options(args, config), None
-    if name is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
     dataset = build_dataset(name, args.split, config["seed"], args.data_dir, **options)
     if args.bn_images or args.kmeans:
         train = build_dataset(name, "train", config["seed"], args.data_dir, **options)
@@ -211,10 +209,10 @@ def build_parts(args, config):
 
 
 def estimate_batch_norms(network, train, config, device, args):
-    """Estimates batch-norm statistics from args.bn_images training images; returns how many could be read."""
+    """Sets batch-norm statistics by up to args.bn_images training images; returns how many could be read."""
     drawn = np.random.default_rng([config["seed"], 6]).permutation(len(train))[:args.bn_images]
     count = min(round(len(drawn) / args.batch_size), len(drawn) // 2)             # at least two images each
-    batch = len(drawn) // max(1, count)                                           # all of nearly one size
+    batch = len(drawn) // max(1, count)                            # of one size: some images are left out
     train = train.subset(torch.from_numpy(drawn[:len(drawn) // batch * batch]))
     batches = eval_batches(train, config, device, batch, args.workers)
     reestimate_batch_norms(network, batches, forward=network if args.kmeans else None)
@@ -222,6 +220,7 @@ def estimate_batch_norms(network, train, config, device, args):
 
 
 def print_report(scored, remarks, clusters):
+    """Prints scores {name: dict of evaluate}, remarks, and the largest clusters (of describe_clusters)."""
     for name, scores in scored.items():
         to_stdout("  {0}: ACC {acc:.4f} (clusters matched to classes one to one; many-to-one "
                   "{acc_majority:.4f})   NMI {nmi:.4f}   AMI {ami:.4f}   ARI {ari:.4f}"
@@ -245,8 +244,9 @@ def main(args):
 
     # ---------------------------------------------------------------- data
     check(args)
-    dataset, mapping, scored, seed, source, made_by = None, None, {}, 0, args.checkpoint, {}
+    source, scored, made_by = args.checkpoint, {}, {}
     if args.predictions:
+        dataset, mapping, seed = None, None, 0
         title, split, part = args.predictions, "predicted", "predicted images"
         labels, predictions, probabilities, class_names, cluster_names, remarks = read_predictions(title)
         class_names, num_clusters = name_classes(args.class_names, class_names), len(cluster_names)
@@ -276,11 +276,11 @@ def main(args):
             remarks.append(f"batch-norm statistics are those of {count:,} training images")
         if world_size > 1:
             dist.init_process_group(**backend, timeout=datetime.timedelta(seconds=args.timeout))
-        passes = device, args.batch_size, args.workers, amp_dtype
-        features, probabilities = predict_part(dataset, network, config, *passes)     # [N, D], [N, K] or None
-        fitted = features
+        settings = device, args.batch_size, args.workers, amp_dtype
+        features, probabilities = predict_part(dataset, network, config, *settings)   # [N, D], [N, K] or None
+        fitted = features        # what k-means is fitted on
         if args.kmeans and part not in ("training images", "images"):
-            fitted, _ = predict_part(train, network, config, *passes)
+            fitted, _ = predict_part(train, network, config, *settings)
         if world_size > 1:
             dist.destroy_process_group()
     if rank > 0:                 # the first process goes on alone

@@ -13,7 +13,7 @@ from scipy.special import gammaln
 def cluster_features(train_features, features, num_clusters, starts, seed, device):
     """Clusters [N] of features [N, D] by k-means on train_features [M, D]; both are L2-normalised here.
 
-    Arrays. Returns (clusters, cosine similarity of each feature to its centre [N], inertia).
+    Features are arrays. Returns (clusters, cosine similarity of each feature to its centre [N], inertia).
     """
     train, x = (F.normalize(torch.from_numpy(part).to(device), dim=1) for part in (train_features, features))
     centres, inertia = kmeans(train, num_clusters, starts, seed)

@@ -1,7 +1,8 @@
 """Data sets by name or path, and the batches of a training step and of an evaluation.
 
-A set is either one uint8 tensor in memory or a list of picture files. Files are read and cropped by workers;
-sets in memory are cropped on the training device. The other augmentations are the same for both (views.py).
+A set is either one uint8 tensor in memory or a list of picture files. Workers read files and crop them; sets
+in memory are cropped on the training device, as files are with --crop-on device. The other augmentations are
+the same for both (views.py).
 
 The order of the images and the random numbers of their views are functions of the seed and the step. So a run
 sees the same for any number of processes and workers, and wherever it was stopped.
@@ -124,7 +125,7 @@ class ImageSet:
 
     @property
     def files(self):
-        """Number of files and a checksum of their names, or None: what a resumed run must find unchanged."""
+        """Number of files and a checksum of their paths, or None: what a resumed run must find unchanged."""
         if self.images is not None:
             return None
         return f"{len(self)} files, CRC-32 {zlib.crc32(self.paths.tobytes()):08x}"
@@ -146,7 +147,7 @@ def input_of(config):
 def folder_flags(parser, crops=False):
     """Adds the flags that say which pictures and classes of --data are taken and how files are read.
 
-    They are the same in every stage; crops: where random crops are made, for a stage that has some.
+    They are the same in every stage. crops: adds --crop-on, for a stage with random crops.
     """
     add = parser.add_argument_group("parts and classes of --data").add_argument
     add("--val-share", type=at_least(0, float, 1), metavar="SHARE",
@@ -213,7 +214,8 @@ def build_dataset(name, split, seed=0, data_dir="datasets", val_share=None, grou
     name: fashion-mnist, mnist (embedded); fake (made from the seed); cifar10, cifar100, cifar100-20, stl10
     (torchvision's files in data_dir); or a path: a list of pictures, shards (*.tar), or a folder with
     train/class/* and val/class/*, with class/*, or with pictures without classes. train.txt and val.txt in a
-    folder are lists. A path without train and val is every split, unless val_share divides it.
+    folder are lists; train-*.tar and val-*.tar are shards; `test` may stand for `val`. A path without train
+    and val is every split, unless val_share divides it.
     split: train; test, a folder's val; or pretrain, which is train without labels, and of stl10 with the
     unlabelled part. val_share, group_names, classes, decoder: see folder_flags. Raises UserError.
     """
@@ -378,8 +380,6 @@ def labelled(args, config):
     Raises UserError if there are no labels or no such parts, or if training images would be tested on.
     """
     data = args.data or config["data"]
-    if data is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
     options = folder_options(args, config)
     train, test = (build_dataset(data, split, config.get("seed", 0), args.data_dir, **options)
                    for split in ("train", "test"))
@@ -389,15 +389,18 @@ def labelled(args, config):
     if train.part == "images":
         raise UserError(f"--data {data}: has no train and val parts; --val-share 0.2 keeps a fifth of each "
                         "class for validation")
-    both = count_overlap(train, test)
-    if both:
-        raise UserError(f"--data {data}: {both:,} of the {len(test):,} {test.part} are training images, too; "
-                        "remove them from one of the two")
+    overlap = count_overlap(train, test)
+    if overlap:
+        raise UserError(f"--data {data}: {overlap:,} of the {len(test):,} {test.part} are training images, "
+                        "too; remove them from one of the two")
     return train, test
 
 
 def hold_out(labels, share, seed):
-    """Ascending indices (kept, held out) of images with labels [N]: of each class the share, never all."""
+    """Ascending indices (kept, held out) of images with labels [N].
+
+    Of a class with n images, round(share * n) are held out, at most n - 1.
+    """
     shuffled = torch.from_numpy(np.random.default_rng([seed, 6]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -501,7 +504,9 @@ class Batches(torch.utils.data.Dataset):
 
 
 def loader_workers(wanted, batches):
-    """Keywords of a DataLoader for Batches or CentreCrops in batches: how many workers, how far ahead.
+    """Keywords of a DataLoader: how many workers, and how many batches each prepares ahead.
+
+    batches: a Batches or CentreCrops, whose item_bytes are those of one batch.
 
     A worker is two steps ahead if all that this process's workers hold is at most MOST_HELD, else one. They
     hold it in shared memory; where that is too small, a line says so before they die there.

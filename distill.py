@@ -38,8 +38,8 @@ def get_parser():
     add("--data", help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, a "
         "list or shards of pictures; without it the teacher's data")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
-        "like fashion-mnist and mnist for these sets; for others seed with local crops, moco without")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: for "
+        "fashion-mnist and mnist those of that name; for others seed with local crops, moco without")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
@@ -60,12 +60,14 @@ def get_parser():
     add("--teacher-arch", choices=ARCHS, help="the teacher's backbone, for files that do not say it")
     add("--teacher-head", default="auto", help="projection head that makes the teacher's embedding: "
         "projection_heads.projection_head (TWIST), projection_head (SwAV), projector (Barlow Twins), fc "
-        "(MoCo, SimCLR), or none, the features themselves; auto: the first of these in the file")
+        "(MoCo, SimCLR), or none, the features themselves; auto: the first of these in the file that has two "
+        "linear layers or more, else none")
     add = parser.add_argument_group("loss").add_argument
     add("--queue-size", type=at_least(1), default=4096, help="K, the teacher's latest embeddings")
-    add("--student-temperature", type=at_least(1e-6, float), default=0.2, help="of its similarities")
+    add("--student-temperature", type=at_least(1e-6, float), default=0.2,
+        help="of the student's similarities")
     add("--teacher-temperature", type=at_least(1e-6, float), default=0.01,
-        help="of the teacher's; the released code has 0.0001, which makes the target one-hot")
+        help="of the teacher's similarities; the released code has 0.0001: the target is one-hot")
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", default="sgd", choices=("lars", "adamw", "sgd"), help="update rule")
     add("--epochs", type=at_least(1), default=4, help="passes over the data")
@@ -88,7 +90,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")
@@ -114,7 +116,7 @@ def check(args, dataset, world_size):
                         "choose at most that many")
     if args.queue_size % args.batch_size:
         raise UserError(f"--queue-size {args.queue_size}: not divisible by --batch-size {args.batch_size}; "
-                        f"{-(-args.queue_size // args.batch_size) * args.batch_size} would be")
+                        f"{math.ceil(args.queue_size / args.batch_size) * args.batch_size} would be")
     if args.milestones and args.schedule == "steps":
         raise UserError("--milestones: --schedule steps has none; add --schedule epochs")
 
@@ -139,8 +141,6 @@ def main(args):
     config = dict(vars(args), **options, loss="seed", data=args.data or source["data"],
                   image_size=args.image_size or size, mean=args.mean or list(mean),
                   std=args.std or list(std))
-    if config["data"] is None:
-        raise UserError(f"--data: {args.teacher} does not say on what it was trained; name the data")
     dataset = build_dataset(config["data"], "pretrain", args.seed, args.data_dir, **options)
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
@@ -149,9 +149,9 @@ def main(args):
     config.update(pictures=dataset.files, embedding_dim=embedding_dim, teacher_head=head_name,
                   teacher_sha256=fingerprint(teacher))
     recipe = pick_views(args.views, config["data"], published="seed" if args.num_local else "moco")
-    largest = max(args.arch, source["arch"], key=patch_size)     # of the patches of student and teacher
+    coarser = max(args.arch, source["arch"], key=patch_size)     # the network that needs the larger crops
     views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        num_global=1, min_scale=args.min_scale, local_scale=args.local_scale, arch=largest)
+                        num_global=1, min_scale=args.min_scale, local_scale=args.local_scale, arch=coarser)
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)
@@ -218,12 +218,13 @@ def main(args):
         scaler.step(optimizer)               # leaves the step out if fp16 overflowed
         scaler.update()
         run.watch(loss, norm)
+        # the global view for queue 0; the first local one for queue 1
         embeddings = gather(F.normalize(t[:len(queues)].float(), dim=-1))         # [Q, B of all ranks, D]
-        oldest = step * args.batch_size % args.queue_size
 
         if run.logging:                      # before this step's embeddings are in the queue
             entry = describe(loss, s[0].detach(), t[0], queues[0], args.teacher_temperature, run)
             run.log(LINE, **entry, lr=lr)
+        oldest = step * args.batch_size % args.queue_size
         queues[:, oldest:oldest + args.batch_size] = embeddings
 
     # ---------------------------------------------------------------- save
@@ -245,7 +246,7 @@ def spread(embeddings):
 
 
 def describe(loss, s, t, queue, teacher_temperature, run):
-    """An entry of the log, of the global batch: the loss; the share of the target that lies on the positive;
+    """An entry of the log, means over the ranks: the loss; the share of the target that lies on the positive;
     the cosine between student and teacher; the student's spread over the teacher's; the name of a collapse.
 
     s, t: student's and teacher's embeddings [B, D] of the global view.

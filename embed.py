@@ -97,8 +97,6 @@ def main(args):
     network, config = load(args)
     to_device(network, device)
     name, seed = args.data or config["data"], config["seed"]
-    if name is None:
-        raise UserError(f"--data: {args.checkpoint} does not say on what it was trained; name the data")
     dataset = build_dataset(name, args.split, seed, args.data_dir, **folder_options(args, config))
     if args.class_names and dataset.labels is None:
         raise UserError(f"--class-names: {name} has no labels; leave the flag out")

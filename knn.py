@@ -142,15 +142,16 @@ def knn_predict(train_features, train_labels, features, k, temperature, num_clas
 
 # ---------------------------------------------------------------- to watch a training run
 def knn_images(args, dataset):
-    """(train, test): at most 10,000 evenly spaced labelled images of each; None if --data has no such parts.
+    """[train, test]: at most 10,000 evenly spaced labelled images of each; None if --data has no such parts.
 
-    dataset: the run's own. Its mask of broken files is shared, so that each file is named once.
+    None, too, if they share images, of which it warns. dataset: the run's own. Its mask of broken files is
+    shared, so that each file is named once.
     """
     try:
         options = folder_options(args)
         train = build_dataset(args.data, "train", args.seed, args.data_dir, **options)
         test = build_dataset(args.data, "test", args.seed, args.data_dir, **options)
-    except UserError:                                     # this data set has no validation split
+    except UserError:                                     # no labelled parts; this is only for watching
         return None
     if train.labels is None or test.labels is None or train.part == "images":
         return None
@@ -158,10 +159,12 @@ def knn_images(args, dataset):
         train.broken = dataset.broken
     train, test = (part.subset(torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long())
                    for part in (train, test))
-    both = count_overlap(train, test)
-    if both:
-        to_stderr(f"warning: no k-NN accuracy is watched, as {both:,} {test.part} are training images, too")
-    return None if both else [train, test]
+    overlap = count_overlap(train, test)
+    if overlap:
+        to_stderr(f"warning: no k-NN accuracy is watched, as {overlap:,} {test.part} are training images, "
+                  "too")
+        return None
+    return [train, test]
 
 
 def scores_to_watch(network, train, test, config, device, amp_dtype=torch.float32, k=20):

@@ -7,7 +7,7 @@
 Each pair of --lrs and --weight-decays trains its own linear classifier (a head), all in one run of the frozen
 backbone. Held-out training images choose a head after the last epoch; the test images score that one alone.
 The last command is the published protocol: SGD with momentum 0.9, cosine by epoch, random resized crops and
-flips; of a ViT the class tokens of the last four blocks. The second takes features of whole images, once.
+flips; of a ViT the class tokens of the last four blocks. The second computes features once, without crops.
 """
 
 import argparse
@@ -47,9 +47,10 @@ def get_parser():
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--n-last-blocks", type=at_least(1), default=4, help="ViT: blocks whose class tokens are joined")
     add("--mean-of-patches", action="store_true", help="ViT: join the mean of the last patch tokens, too")
-    add("--depths", action="store_true", help="ResNet: Feature1 to 5, of stem and stages, with --batch-norm")
+    add("--depths", action="store_true", help="ResNet: Feature1 to 5, of stem and stages; with batch norm")
     add("--batch-norm", action="store_true", help="batch norm of the features, without scale and shift")
-    add("--cached", action="store_true", help="compute the features of whole images once: another protocol")
+    add("--cached", action="store_true", help="compute the features once, of whole images, or centre crops "
+        "of files: another protocol")
     add("--min-scale", type=at_least(0, float), default=0.08, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--jitter", action="store_true", help="colour jitter and lighting noise, published for Feature1 to 5")
@@ -183,9 +184,9 @@ def head_losses(logits, labels):
 
 
 def cache_features(batches_of_mine, batches, world_size):
-    """(tensors, rows) for training: L features [N, ...] and labels of all images, the row of image i, [N].
+    """(tensors, rows) for training: L features [N, ...] and labels [N]; image i reads row rows[i].
 
-    batches_of_mine: of the features of this process's images. For an unreadable one another stands in.
+    batches_of_mine: of the features of this process's images. An unreadable image has the row of another.
     """
     features = [gather(torch.cat(parts), batches.dataset, world_size)
                 for parts in zip(*batches_of_mine, strict=True)]
@@ -243,14 +244,14 @@ def main(args):
 
     # ---------------------------------------------------------------- model: a frozen backbone, trained heads
     backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    depths, read = build_reader(backbone, args)                                   # names of L features
+    names, read = build_reader(backbone, args)                                    # of L features
 
     @torch.no_grad()
     def features_of(x):                      # images [B, 3, h, w] -> L features
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             return [feature.float() for feature in read(x)]
 
-    def features_in(part):                   # yields those of whole images
+    def features_in(part):                   # yields those of images as they are; of files, of centre crops
         return map(features_of, eval_batches(part, source, device, args.batch_size, args.workers))
 
     if world_size > 1:
@@ -280,7 +281,7 @@ def main(args):
         return accuracies(classes, my_held.readable().labels, world_size)
 
     # ---------------------------------------------------------------- train
-    widths = ", ".join(f"{depth} {x[0].numel()}" for depth, x in zip(depths, example, strict=True))
+    widths = ", ".join(f"{name} {x[0].numel()}" for name, x in zip(names, example, strict=True))
     protocol = "whole images (another protocol)" if args.cached else "random crops"
     run.say(f"{len(train):,} images to train on, {len(held):,} held out, {len(test):,} to test on; "
             f"{protocol}; {len(grid)} heads each on {widths}")
@@ -305,7 +306,7 @@ def main(args):
         optimizer.zero_grad()
         losses.sum().backward()              # a head's gradient comes from its own loss alone
         optimizer.step()
-        run.watch(losses.nan_to_num(math.inf, math.inf).min())       # a head that diverges is not chosen
+        run.watch(losses.nan_to_num(math.inf, math.inf).min())       # so it ends only if all heads diverge
 
         if run.logging:
             losses = run.average(losses=losses)["losses"].nan_to_num(math.inf, math.inf)
@@ -319,15 +320,15 @@ def main(args):
     # ---------------------------------------------------------------- evaluate
     if held_scores is None and len(held):    # the run resumed after its last step
         held_scores = score_held()
-    best = held_scores[0].argmax(1) if len(held) else torch.zeros(len(depths), dtype=torch.long)
-    classes = classify(heads, features_in(my_test))[:, torch.arange(len(depths)), best]       # [n, L, 5]
+    best = held_scores[0].argmax(1) if len(held) else torch.zeros(len(names), dtype=torch.long)
+    classes = classify(heads, features_in(my_test))[:, torch.arange(len(names)), best]       # [n, L, 5]
     test_scores = accuracies(classes, my_test.readable().labels, world_size)      # [2, L]
     predictions = gather(classes[:, -1, 0], test, world_size)                     # from the deepest features
     if fingerprint(backbone) != config["backbone_sha256"]:
         raise RuntimeError("the backbone has changed, though it was frozen")
 
     # ---------------------------------------------------------------- save
-    results, table = report(depths, grid, held_scores, best, test_scores, run.say)
+    results, table = report(names, grid, held_scores, best, test_scores, run.say)
     if rank == 0:
         write_predictions(run.out / "predictions.csv", test, predictions)
         write_atomically(run.out / "head.pth", heads.linears[-1][best[-1]].cpu().state_dict())

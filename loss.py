@@ -1,4 +1,4 @@
-"""The objectives, each a pure function of tensors with the paper's names.
+"""The objectives, each a function of tensors alone, with the paper's names.
 
 TWIST (arXiv 2110.07402): V views of B images (per process) end in logits z over C classes, P = softmax(z).
 Barlow Twins and SEED follow below it; they work on embeddings of D numbers.
@@ -38,9 +38,9 @@ def twist_loss_two_views(z1, z2, alpha=1.0, beta=1.0, eps=1e-5):
 def twist_loss(logits, alpha=1.0, beta=1.0, eps=1e-5, num_global=2):
     """TWIST's objective: the mean of `twist_loss_two_views` over the pairs (global view, later view).
 
-    logits: [V, B, C] after NBS; the first `num_global` views are global crops. Half precision is raised.
-    eps: stands inside every logarithm, as in the released code. 0 gives the exact limit, which is finite in
-    values and gradients for any logits.
+    logits: [V, B, C] after NBS; the first `num_global` views are global crops. Half precision is raised to
+    float32. eps: stands inside every logarithm, as in the released code. 0 gives the exact limit, which is
+    finite in values and gradients for any logits.
     Under DDP the values are those of the global batch. The gradient that DDP averages is that of one process
     with the joined batch. Raises ValueError for other shapes, or a num_global that is not in 1..V.
     """
@@ -59,7 +59,7 @@ def twist_loss(logits, alpha=1.0, beta=1.0, eps=1e-5, num_global=2):
         # A global view is in a pair with each other view, a local view with each global one.
         G = num_global
         num_pairs = (G * (V - 1) + (V - G) * G) // 2
-        is_global = torch.arange(V, device=z.device) < G     # made there: a copy would wait for the device
+        is_global = torch.arange(V, device=z.device) < G     # built on the device: a copy to it would wait
         weight = torch.where(is_global, V - 1, G).to(z) / (2 * num_pairs)            # [V], sums to 1
 
         # No pair is formed: the cost is linear in V. For a pair (a, b), with a·b summed over classes,
@@ -186,6 +186,9 @@ def self_label_loss(logits, quantile, teacher_logits=None):
     """
     if logits.dim() != 3 or len(logits) < 2:
         raise ValueError(f"logits: expected [V >= 2, B, C], got {list(logits.shape)}")
+    if teacher_logits is not None and teacher_logits.shape != (2, *logits.shape[1:]):
+        raise ValueError(f"teacher_logits: expected [2, B, C] of {list(logits.shape)}, got "
+                         f"{list(teacher_logits.shape)}")
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile: expected 0 to 1, got {quantile}")
     V, B, _ = logits.shape
@@ -193,7 +196,7 @@ def self_label_loss(logits, quantile, teacher_logits=None):
 
     with torch.autocast(logits.device.type, enabled=False):
         z = raise_precision(logits)
-        view, label, confidence = anchors(z[:2] if teacher_logits is None else teacher_logits[:2])
+        view, label, confidence = anchors(z[:2] if teacher_logits is None else teacher_logits)
         everyone = all_gather(confidence) if world_size > 1 else confidence
         ranked = everyone.flatten().sort(descending=True).values                     # [N]
         threshold = ranked[min(int(quantile * len(ranked)), len(ranked) - 1)]

@@ -25,9 +25,10 @@ STEPS, WARMUP = 832, 47                  # the learning rate rises for 47 steps,
 
 def read(name):
     """Images [N, 1, 28, 28] from 0 to 1, and labels [N], which are for the score only."""
-    images, labels = (np.frombuffer(gzip.decompress((DATA / f"{name}-{file}.gz").read_bytes()), np.uint8)
-                      for file in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    return torch.tensor(images[16:]).view(-1, 1, 28, 28) / 255, labels[8:].astype(int)
+    images = gzip.decompress((DATA / f"{name}-images-idx3-ubyte.gz").read_bytes())[16:]      # behind a header
+    labels = gzip.decompress((DATA / f"{name}-labels-idx1-ubyte.gz").read_bytes())[8:]
+    images, labels = np.frombuffer(images, np.uint8), np.frombuffer(labels, np.uint8)
+    return torch.tensor(images).view(-1, 1, 28, 28) / 255, labels.astype(int)
 
 
 def random_view(x):
@@ -35,17 +36,19 @@ def random_view(x):
     def uniform(low, high):
         return torch.empty(len(x)).uniform_(low, high)
 
+    def factor(most):                    # 1 - most to 1 + most for 80 % of the images, else 1
+        return torch.where(uniform(0, 1) < 0.8, uniform(1 - most, 1 + most), 1).view(-1, 1, 1, 1)
+
     area, ratio = uniform(0.55, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
     ratio = ratio.clamp(area, 1 / area)                              # so that the crop is inside the image
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()              # shares of the image's sides
-    left, top, mirror = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h), uniform(-1, 1).sign()
+    x0, y0, mirror = uniform(-1, 1) * (1 - w), uniform(-1, 1) * (1 - h), uniform(-1, 1).sign()      # centre
     zero = torch.zeros(len(x))
-    crop = torch.stack([w * mirror, zero, left, zero, h, top], 1).view(-1, 2, 3)
+    crop = torch.stack([w * mirror, zero, x0, zero, h, y0], 1).view(-1, 2, 3)
     grid = F.affine_grid(crop, [len(x), 1, 40, 40], align_corners=False)         # halved below: smoother
     x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
     x = F.avg_pool2d(x, 2).clamp(0, 1)
-    light, contrast = (torch.where(uniform(0, 1) < 0.8, uniform(1 - s, 1 + s), 1).view(-1, 1, 1, 1)
-                       for s in (0.8, 0.4))                          # changed by at most these shares
+    light, contrast = factor(0.8), factor(0.4)
     light_first = change_contrast((x * light).clamp(0, 1), contrast)
     light_last = (change_contrast(x, contrast) * light).clamp(0, 1)
     return to_input(torch.where(uniform(0, 1).view(-1, 1, 1, 1) < 0.5, light_first, light_last))
@@ -57,7 +60,7 @@ def change_contrast(x, factor):
 
 
 def to_input(x):
-    """Pixels from 0 to 1 [B, 1, h, w] -> what the network takes, in three channels as of colours."""
+    """Pixels from 0 to 1 [B, 1, h, w] -> the network's input [B, 3, h, w], normalised."""
     return ((x - 0.286) / 0.353).expand(-1, 3, -1, -1)               # mean and deviation of the data's pixels
 
 
@@ -89,14 +92,14 @@ def twist_loss(z1, z2):
 
 
 def begin(seed):
-    """(network, optimizer)."""
+    """A network with random weights, those of this seed, and its optimizer."""
     torch.manual_seed(seed)
     network = build_network()
     return network, torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
 
 
 def train(network, optimizer, images, steps):
-    """Trains for these steps of the schedule, a range."""
+    """Trains on images [N, 1, 28, 28]. steps: of the schedule, range(STEPS) for all."""
     losses = []
     for step in steps:
         if step < WARMUP:

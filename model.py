@@ -29,10 +29,11 @@ class _Normalize(torch.autograd.Function):
     across processes as well. Those of weight and bias are this process's.
     Returns (y, statistics [2, C]): mean and unbiased variance.
 
-    Each pass over x is one kernel: on CUDA of those that nn.SyncBatchNorm calls, where a half-precision x
-    stays as it is, on a CPU of those for given statistics. nn.SyncBatchNorm itself waits for the device in
-    each layer, to leave empty processes out.
+    Each pass over x is one fused kernel: on CUDA one of nn.SyncBatchNorm's, which read half precision, on a
+    CPU one for given statistics. nn.SyncBatchNorm itself waits for the device in each layer, to leave
+    empty processes out.
     """
+    # `spread` is 1 / sqrt(var + eps) where the kernels are CUDA's, and var elsewhere.
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
@@ -42,9 +43,9 @@ class _Normalize(torch.autograd.Function):
         if count == 0:                   # the others wait for this process's statistics, whatever they are
             mean, spread = z.new_zeros(x.shape[1]), z.new_ones(x.shape[1])
         elif fused:
-            mean, spread = torch.batch_norm_stats(z, eps)            # spread: 1 / sqrt(var + eps)
+            mean, spread = torch.batch_norm_stats(z, eps)
         elif x.device.type == "cpu":     # 20 times as fast as var_mean, which MPS needs
-            mean, spread = torch.batch_norm_update_stats(z, None, None, 0.0)              # spread: var
+            mean, spread = torch.batch_norm_update_stats(z, None, None, 0.0)
         else:
             spread, mean = torch.var_mean(z, [0, *range(2, z.dim())], correction=0)
 
@@ -162,9 +163,9 @@ class BatchNorm(nn.Module):
     def forward(self, x, num_views=1):
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         images = len(x) // num_views
+        if self.training:
+            self.num_batches_tracked += 1
         if not self.training or (world_size == 1 and self.bunch_size in (None, images)):
-            if self.training:
-                self.num_batches_tracked += 1
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
                                 self.momentum, self.eps)
 
@@ -184,7 +185,6 @@ class BatchNorm(nn.Module):
             statistics /= world_size
         running = [self.running_mean, self.running_var]
         torch._foreach_lerp_(running, list(statistics.to(self.running_mean)), self.momentum)
-        self.num_batches_tracked += 1
         if bunches == 1:
             return y                     # a view would make a ReLU in place copy its gradient
         return y.view(num_views, -1, bunches, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
@@ -207,6 +207,7 @@ def reestimate_batch_norms(network, batches, forward=None):
 
     A multi-crop run leaves statistics of crops of several sizes, which differ from those of whole images.
     After few steps they lag behind the weights. forward: makes a pass of a batch; default: that of a Twist.
+    The network stays in training mode.
     """
     norms = [module for module in network.modules() if hasattr(module, "running_mean")]
     before = [(norm, norm.momentum, getattr(norm, "bunch_size", None)) for norm in norms]
@@ -610,6 +611,7 @@ def watch_logits(last_linear, run, scaler):
 
     def look(module, inputs, logits):
         if run.logging and logits.requires_grad:         # not where a candidate is judged
+            # a process's gradient is larger than the global one: by fp16's scale, and as DDP will take a mean
             z, scale = logits.detach().float(), scaler.get_scale() * run.world_size
             health.update(std_col=z.std(0).mean(), std_row=z.std(1).mean())
             logits.register_hook(lambda grad: health.update(grad=grad.float().abs().mean() / scale))

@@ -53,7 +53,7 @@ class LARS(torch.optim.Optimizer):
 def _spread(numbers, tensors):
     """A number for each tensor -> tensors of their shapes and strides, filled with it.
 
-    Half a pass over memory more than a product with numbers, for which torch has no kernel of many tensors.
+    torch has no _foreach kernel that multiplies each tensor by its own number on the device.
     """
     sizes = [tensor.numel() for tensor in tensors]
     flat = torch.cat([n.expand(size) for n, size in zip(numbers.unbind(), sizes, strict=True)]).split(sizes)
@@ -71,7 +71,7 @@ def param_groups(model, weight_decay):
     for name, param in model.named_parameters():
         if param.requires_grad:
             last = name.split(".")[-1]
-            plain = param.dim() <= 1 or last in ("bias", "pos_embed", "cls_token", "dist_token")
+            plain = param.dim() <= 1 or last in ("pos_embed", "cls_token")
             group = undecayed if plain else decayed
             group["params"].append(param)
             group["names"].append(name)

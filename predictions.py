@@ -69,7 +69,7 @@ def predict_part(part, network, config, device, batch_size, workers, amp_dtype=t
 # ---------------------------------------------------------------- of a classifier, by several processes
 @torch.no_grad()
 def classify(model, batches):
-    """The five likeliest classes [n, ..., 5], by a model that maps a batch to logits [B, ..., C].
+    """The five likeliest classes [n, ..., min(5, C)], by a model that maps a batch to logits [B, ..., C].
 
     DIVERGED where a logit is not finite. The model is in evaluation mode here, in training mode afterwards.
     """
@@ -95,9 +95,10 @@ def accuracies(classes, labels, world_size=1):
 
 
 def gather(mine, dataset, world_size):
-    """Rows of all images of a set, in order, from each process's rows of its readable ones, rank::world_size.
+    """Rows [N, ...] of all images of a set, in order.
 
-    Rows of unreadable images are UNREADABLE throughout.
+    mine: the rows of this process's readable images; its images are rank::world_size. Rows of unreadable
+    images are UNREADABLE throughout.
     """
     rank = dist.get_rank() if world_size > 1 else 0
     readable = dataset.is_readable[rank::world_size].nonzero()[:, 0].to(mine.device)
@@ -125,7 +126,7 @@ def read_predictions(path):
     A .csv has columns `label` and `prediction`; an .npz has arrays `labels` and `predictions`, or
     probabilities [N, K] instead of predictions. Each name is read in singular and plural. Labels and
     predictions are integers or strings, and are numbered from 0 here; with probabilities, predictions are
-    column numbers of these. Negative predictions are noise, as in scikit-learn's DBSCAN, and become -1.
+    column numbers of these. Negative predictions are noise, as in scikit-learn's DBSCAN.
     Raises UserError that names the column.
     """
     columns = _read_columns(path)
@@ -223,7 +224,7 @@ def _read_columns(path):
 
 
 def _to_array(cells):
-    """A column of a .csv: integers if all cells are (3.0 is one), else strings; with a gap all NaN."""
+    """A column of a .csv: integers (3.0 is one), else floats, else strings; with a gap all NaN."""
     cells = np.array([cell.strip() for cell in cells])
     if any(cell.lower() in ("", "nan") for cell in cells):
         return np.full(len(cells), np.nan)

@@ -45,8 +45,8 @@ def get_parser():
     add("--data", default="fashion-mnist",
         help="fashion-mnist, mnist, fake, cifar10, cifar100, cifar100-20, stl10, a folder, list or shards")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
-        "like fashion-mnist and mnist for these sets; for others multicrop with local crops, barlow without")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: for "
+        "fashion-mnist and mnist those of that name; for others multicrop with local crops, barlow without")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
@@ -62,7 +62,7 @@ def get_parser():
     folder_flags(parser, crops=True)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet8", choices=ARCHS, help="backbone")
-    add("--init", metavar="FILE", help="start from its weights, a run's or any project's; with --restarts 1")
+    add("--init", metavar="FILE", help="weights to start from, a run's or any project's; with --restarts 1")
     add("--small-images", action="store_true", help="ResNet stem for 32 pixels: 3×3, stride 1, no max-pool")
     add("--num-classes", type=at_least(2), default=10, help="C, classes to find")
     add("--hidden-dim", type=at_least(1), default=512, help="width of the projection head's hidden layers")
@@ -102,7 +102,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")
@@ -207,7 +207,7 @@ def main(args):
         **loader_workers(args.workers, batches), pin_memory=device.type == "cuda",
         generator=torch.Generator()))        # else it draws from the generator that drop path uses
     watched = knn_images(args, dataset) if rank == 0 and args.knn_every else None
-    health = watch_logits(model.projection_heads.last_linear, run, scaler)
+    health = watch_logits(model.projection_heads.last_linear, run, scaler)      # filled at steps that log
 
     # ---------------------------------------------------------------- train
     run.say(f"{len(dataset):,} images, {len(views)} views of each; peak learning rate {peak_lr:g}")

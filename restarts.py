@@ -46,7 +46,7 @@ class Restarts:
         return self.schedule_steps
 
     def begin(self, run):
-        """The step of the schedule that the run's step is. Where a candidate ends, the parts change."""
+        """The step of the schedule at the run's step. Where a candidate ends, the next takes its place."""
         if self.count == 1 or self.trial == 0:
             return run.step
         ended, rest = divmod(run.step, self.trial)       # candidates that have ended, steps since then
@@ -59,7 +59,7 @@ class Restarts:
         return run.step - self.trial * min(ended, self.count - 1)
 
     def begin_anew(self, candidate):
-        """Gives the networks the initial weights of a new candidate."""
+        """Gives the networks the initial weights of a new candidate, and the optimizer a new state."""
         with torch.random.fork_rng(devices=()):          # the noise of a network does not depend on it
             torch.default_generator.manual_seed(self.args.seed + 1000 * candidate)       # not those of GPUs
             new = build_network(self.config, self.args.drop_path)
@@ -71,7 +71,7 @@ class Restarts:
 
     def keep(self, number, run):
         """Remembers the candidate that has just ended."""
-        # first, because the views move the running statistics; as bytes, which take no memory of a GPU
+        # before on_fresh_views, which moves the running statistics; as bytes, which take no memory of a GPU
         states = io.BytesIO()
         torch.save([part.state_dict() for part in (*self.networks, self.optimizer)], states)
         states = torch.frombuffer(states.getbuffer(), dtype=torch.uint8)
@@ -120,7 +120,7 @@ def agreement(classes):
 
 @torch.no_grad()
 def on_fresh_views(model, batches, args, device, num_images=2048):
-    """(TWIST's loss, classes [N]) of two views of each image, which the model is not trained on.
+    """(TWIST's loss, classes [N]) of two new views of about num_images training images.
 
     The loss is a number; the class is that of the mean of both views. The model stays in training mode, since
     running statistics lag behind after a few steps. Under DDP each rank takes its share; all get the same.

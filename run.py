@@ -1,6 +1,7 @@
 """What surrounds training: `Run`, with its folder, checkpoints, log and signals; folders of evaluations.
 
-A stage calls its Run; a Run never calls the stage. Delete it from a copied script and the loop still trains.
+A stage calls its Run; a Run never calls the stage. A copied script does without it if the loop counts the
+steps itself, reads `next(loader)`, and drops the other calls.
 """
 
 import atexit
@@ -42,7 +43,7 @@ except ImportError:              # Windows has neither, and no SIGUSR1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 MOST_OVERFLOWS = 20              # of fp16, in a row: a scale 2^20 times smaller did not help
 CHECK_EVERY = 50                 # the ranks agree at least every so many steps
-# These flags change where and how fast a run computes, not what; they may differ when it resumes.
+# Flags of where and how fast a run computes, its rounding and its log: they may differ when it resumes.
 FREE_FLAGS = {"workers", "print_every", "save_every", "knn_every", "device", "amp", "output_dir", "timeout",
               "resume", "overwrite", "data_dir"}
 OF_FILES = {"pictures", "labels_sha256", "backbone_sha256", "teacher_sha256"}    # settings that files tell
@@ -129,7 +130,10 @@ class Run:
         self.say(shlex.join(["python", *sys.argv]))
 
     def save(self):
-        """Writes checkpoint.pth, and where the model has a backbone backbone.pth and its description."""
+        """Writes checkpoint.pth, and where the model has a backbone, backbone.pth and its description.
+
+        With a teacher, backbone.pth is the teacher's, and backbone_student.pth is the student's.
+        """
         rng = [rng_state(self.device)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(rng, rng_state(self.device))
@@ -270,7 +274,7 @@ class Run:
         if weights:
             sound = torch.stack([w.isfinite().all() for w in self.parts["model"].parameters()]).all()
         caught = [float(signum in self.caught) for signum in SIGNALS]
-        # MAX over the ranks shall name the first bad step, which has the most steps to go
+        # the ranks take a maximum, and of several bad steps the first has the most steps to go
         to_go = torch.where(self.bad_step < 0, 0, self.total_steps + 1 - self.bad_step)
         seen = torch.stack([to_go, self.bad_loss, ~sound]).float()
         seen = torch.cat([torch.tensor(caught, device=self.device), seen])

@@ -36,11 +36,11 @@ LINE = "loss {loss:.3f} on {fraction:.0%} above {threshold:.3f} classes {classes
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data and views").add_argument
-    add("--checkpoint", required=True, help="checkpoint of pretrain.py; its network is trained further")
+    add("--checkpoint", required=True, help="a run's, or a released one of TWIST; it is trained further")
     add("--data", help="a data set, folder, list or shards of pictures; without it the checkpoint's")
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
-    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: those named "
-        "like fashion-mnist and mnist for these sets; for others selflabel with local crops, barlow without")
+    add("--views", default="auto", choices=("auto", *VIEWS), help="augmentations; auto: for "
+        "fashion-mnist and mnist those of that name; for others selflabel with local crops, barlow without")
     add("--min-scale", type=at_least(0, float), default=0,
         help="smallest share of the area in a global crop; 0: that of --views")
     add("--image-size", type=at_least(0), default=0,
@@ -79,7 +79,7 @@ def get_parser():
     add("--resume", default="auto", metavar="auto|never|FILE",
         help="auto: from the last checkpoint in --output-dir; never; or a checkpoint file")
     add("--overwrite", action="store_true", help="start anew in a used --output-dir")
-    add("--seed", type=at_least(0), default=0, help="of weights of a new network, order of the images, views")
+    add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="mixed precision; auto: bf16 on CUDA, else off")
@@ -197,8 +197,8 @@ def main(args):
         scaler.scale(loss.total).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
-        left_out += loss.fraction == 0
-        has_labels = any_label()
+        has_labels = any_label()             # waits for the forward pass only
+        left_out += not has_labels
         if has_labels:                       # without labels nothing moves
             scaler.step(optimizer)           # leaves the step out if fp16 overflowed
         scaler.update()
@@ -209,7 +209,7 @@ def main(args):
         run.watch(loss, norm)
 
         if run.logging:
-            entry = describe(loss, logits, logits if teacher is None else teacher_logits, run)
+            entry = describe(loss, logits, logits[:2] if teacher is None else teacher_logits, run)
             run.log(LINE, **entry, quantile=quantile, left_out=int(left_out), lr=lr)
 
     # ---------------------------------------------------------------- save
@@ -220,10 +220,10 @@ def describe(loss, logits, labelling_logits, run):
     """An entry of the log, of the global batch: the loss, which share of the images and how many classes take
     part, how often the two global views agree, and the name of a collapse.
 
-    logits: [V, B, C]; labelling_logits: [V, B, C], those that give labels (the teacher's if there is one).
+    logits: [V, B, C]; labelling_logits: [2, B, C], of the global views, the teacher's if there is one.
     """
     C = logits.shape[-1]
-    _, label, confidence = anchors(labelling_logits[:2])
+    _, label, confidence = anchors(labelling_logits)
     counts = F.one_hot(label[confidence > loss.threshold], C).sum(0)              # [C], of this process
     agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
     mean = run.average(loss=loss.total, agreement=agreement, counts=counts)

@@ -28,8 +28,8 @@ COLOUR_WIDTHS = (0.2175, 0.0188, 0.0045)
 DEVICE_SIDE = 640                # pixels; of larger pictures workers cut the crops, whatever --crop-on says
 BOX = ("top", "left", "height", "width", "flip")         # of a crop, in the order that resize takes them
 JITTER = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue
-# The jitter's operations, by number, in a sequence that contains each of their 24 orders: every image takes
-# its own operations from it. None shorter does, and hue, which costs most, is in it only twice.
+# The jitter's operations, by number: crossing out some leaves any of their 24 orders. An image takes part in
+# the four places of its own order. No shorter sequence does; hue, which costs most, is in it only twice.
 ALL_ORDERS = (0, 1, 2, 3, 0, 1, 2, 0, 3, 1, 0, 2)
 VIEWS = {                        # published recipes: first global crop, second, and local crops if it has any
     "barlow": (dict(scale=(0.08, 1), jitter=JITTER, gray=0.2, blur=1.0),
@@ -60,7 +60,7 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
 
     size, local_size: pixels of the crops. min_scale: smallest share of the area in a global crop; 0: that of
     the recipe. local_scale: smallest and largest share in a local crop; None: those of the recipe. arch: the
-    network that they are for. Raises UserError for shares that are none, if the recipe has no local crops, or
+    network that they are for. Raises UserError for shares outside 0..1, if the recipe has no local crops, or
     if a crop is too small for the network.
     """
     recipe = VIEWS[name]
@@ -76,10 +76,10 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
         raise UserError("--local-scale: must be two shares of the area, ascending, above 0 and at most 1")
     if local_scale and num_local == 0:
         raise UserError("--local-scale: there are no local crops; --num-local makes some")
-    larger = {"scale": (min_scale, 1)} if min_scale else {}
-    local = {"scale": tuple(local_scale)} if local_scale else {}
-    views = [(size, recipe[v] | larger) for v in range(num_global)]
-    views += [(local_size, recipe[-1] | local)] * num_local
+    changed = {"scale": (min_scale, 1)} if min_scale else {}
+    changed_local = {"scale": tuple(local_scale)} if local_scale else {}
+    views = [(size, recipe[v] | changed) for v in range(num_global)]
+    views += [(local_size, recipe[-1] | changed_local)] * num_local
     return Views(views, mean, std)
 
 
@@ -106,7 +106,7 @@ class Views(nn.Module):
             end = first + len(list(equal))
             self.groups.append((RandomView(size, mean, std, **recipe), first, end))
         # neighbours of one size make a run: each operation acts on all of its views at once
-        self.runs = [list(run) for _, run in groupby(self.groups, _input_size)]
+        self.runs = [list(run) for _, run in groupby(self.groups, _size_and_interpolation)]
 
     def __len__(self):
         return self.groups[-1][2] if self.groups else 0
@@ -160,7 +160,7 @@ class Views(nn.Module):
         device = torch.device(device or "cpu")
         if isinstance(images, dict):
             images = self.crop_padded(images, uniforms, device)
-        is_cut, number = isinstance(images, list), uniforms.shape[1]
+        is_cut, B = isinstance(images, list), uniforms.shape[1]
         images = images if is_cut else images.to(device, non_blocking=True)
         plans = []
         for run in self.runs:
@@ -168,7 +168,7 @@ class Views(nn.Module):
             channels, *frame = images[start].shape[1:] if is_cut else images.shape[1:]
             for view, first, end in run:
                 u = uniforms[first:end].flatten(0, 1)                             # [views · B, UNIFORMS]
-                parts.append(view.plan(u, channels, None if is_cut else frame, (first - start) * number))
+                parts.append(view.plan(u, channels, None if is_cut else frame, (first - start) * B))
             plans.append(join(parts))
 
         inputs = []
@@ -183,7 +183,7 @@ class Views(nn.Module):
         return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
 
 
-def _input_size(group):
+def _size_and_interpolation(group):
     return group[0].size, group[0].interpolation
 
 
@@ -321,7 +321,9 @@ class RandomView(nn.Module):
         """What happens to B images: a dict {place: (change, tensors on the CPU)}, to `join`.
 
         u: uniform numbers [B, UNIFORMS] on the CPU. channels: 1 or 3. frame: (height, width) of the images,
-        which are cropped; None: they are crops. first: the place of the first image in the joined batch.
+        which are cropped; None: they are crops. first: the index of the first image in the joined batch.
+        place: 0 the crop, 1 gray with gray_first, 2 to 13 the jitter (ALL_ORDERS); then gray, blur, solarise,
+        lighting.
         """
         plan, drawn, is_colour = {}, self.draw_colour(u), channels == 3
 
@@ -346,13 +348,13 @@ class RandomView(nn.Module):
                 due = next_ones.gather(1, done)[:, 0] == i
                 add(place, ops[i], due & drawn["jitter"][:, i], drawn[names[i]])
                 done[due] += 1
-        last = 2 + len(ALL_ORDERS)
+        after_jitter = 2 + len(ALL_ORDERS)
         if is_colour:
-            add(1 if self.gray_first else last, to_gray, drawn["gray"])
-        add(last + 1, gaussian_blur, drawn["blur"], drawn["sigma"])
-        add(last + 2, solarize, drawn["solarize"])
+            add(1 if self.gray_first else after_jitter, to_gray, drawn["gray"])
+        add(after_jitter + 1, gaussian_blur, drawn["blur"], drawn["sigma"])
+        add(after_jitter + 2, solarize, drawn["solarize"])
         if is_colour and self.lighting > 0:            # may leave 0..1; the published code does not clamp it
-            add(last + 3, torch.add, torch.ones(len(u), dtype=torch.bool), self.draw_lighting(u))
+            add(after_jitter + 3, torch.add, torch.ones(len(u), dtype=torch.bool), self.draw_lighting(u))
         return plan
 
     def resize(self, images, top, left, height, width, flip):

@@ -219,6 +219,9 @@ def test_self_label_chooses_nothing_without_confidence():
         self_label_loss(z, 1.5)
     with pytest.raises(ValueError, match="logits: expected"):
         self_label_loss(z[0], 0.5)
+    for teacher in (z[:1], z[:, :, 1:], z[:2, 1:], torch.cat([z, z])):
+        with pytest.raises(ValueError, match="teacher_logits: expected"):
+            self_label_loss(z, 0.5, teacher)
 
 
 # ---------------------------------------------------------------- Barlow Twins
