@@ -70,8 +70,13 @@ def parse_args(parser, argv=None):
     args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
     del args.local_rank
     if getattr(args, "amp", None) == "auto":
-        args.amp = "bf16" if args.device == "cuda" else "off"
+        args.amp = half_precision() if args.device == "cuda" else "off"
     return args
+
+
+def half_precision():
+    """What --amp auto is on this GPU. Those before Ampere only imitate bf16, slowly or not at all."""
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _words(line, parser):
@@ -159,10 +164,12 @@ def launch(main, parser, argv=None):
     if rank == "0" and restarts not in (None, "0") and shared == "True":
         to_stderr("warning: ranks that torchrun restarts may not find each other; set "
                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment to prevent that")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # of torchrun on this machine
-    if getattr(args, "device", None) == "cuda" and processes > torch.cuda.device_count():
-        _exit(parser.prog, f"--nproc-per-node {processes}: this machine has only "
-              f"{torch.cuda.device_count()} GPU(s)")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))      # not LOCAL_WORLD_SIZE: each may see its GPU alone
+    if getattr(args, "device", None) == "cuda" and local_rank >= torch.cuda.device_count():
+        if local_rank == torch.cuda.device_count():
+            to_stderr(f"{parser.prog}: error: --nproc-per-node: this machine has only {local_rank} GPU(s); "
+                      "start as many processes")
+        sys.exit(2)
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
         # Python 3.14 would start workers from a server, which a signal to the process group kills
         multiprocessing.set_start_method("fork")

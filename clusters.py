@@ -45,12 +45,13 @@ def kmeans(features, num_clusters, starts=10, seed=0, iterations=300):
     return best, lowest
 
 
-def kmeans_plus_plus(features, num_clusters, rng):
+def kmeans_plus_plus(features, num_clusters, rng, chunk=65536):
     """Centres [K, D], features drawn in turn: each by its squared distance to the nearest centre so far."""
     chosen = [int(rng.integers(len(features)))]
     nearest = torch.full((len(features),), torch.inf, dtype=torch.float64)
     while len(chosen) < num_clusters:
-        nearest = nearest.minimum(((features - features[chosen[-1]]) ** 2).sum(1).double().cpu())
+        distances = [((part - features[chosen[-1]]) ** 2).sum(1) for part in features.split(chunk)]
+        nearest = nearest.minimum(torch.cat(distances).cpu().double())
         cumulated = nearest.cumsum(0).numpy()
         place = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
         chosen.append(min(int(place), len(features) - 1))        # no distance is left: the last one

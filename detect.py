@@ -99,7 +99,7 @@ def get_parser():
     add("--seed", type=at_least(0), default=0, help="of scenes, initial weights, order, sizes, and samples")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="off", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 on CUDA, else off")
+        help="mixed precision; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--workers", type=at_least(-1), default=-1,
         help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
@@ -164,7 +164,7 @@ def detect(network, test, args, mean, std, rank, world_size):
             found.append(None)
             continue
         index, own, x, sizes = item
-        prediction = network(x.to(device, non_blocking=True), sizes)[0]
+        prediction = network(x.to(device, non_blocking=device.type == "cuda"), sizes)[0]
         prediction = {name: value.cpu() for name, value in prediction.items()}
         prediction["boxes"] = scaled(prediction["boxes"], sizes[0], own)
         seen = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
@@ -265,7 +265,7 @@ def main(args):
 
         # ---- one training step: B images of this process
         x, sizes, targets = run.next(loader)                           # [B, 3, H, W], B × (h, w), B dicts
-        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+        x = x.to(device, non_blocking=device.type == "cuda", memory_format=torch.channels_last)
         targets = on(device, targets)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             losses = ddp(x, sizes, targets)
@@ -285,7 +285,7 @@ def main(args):
         if step + 1 == args.steps and args.bn_batches:       # before the last save; the statistics lag behind
             more = (run.next(loader) for _ in range(args.bn_batches))
             reestimate_batch_norms(network, more, lambda batch: network(
-                batch[0].to(device, non_blocking=True), batch[1], on(device, batch[2])))
+                batch[0].to(device, non_blocking=device.type == "cuda"), batch[1], on(device, batch[2])))
 
     # ---------------------------------------------------------------- evaluate
     found = detect(network, test, args, mean, std, rank, world_size)
@@ -310,9 +310,9 @@ def main(args):
 
 def on(device, targets):
     """Dicts of tensors, moved to the device."""
-    moved = []
+    moved, on_cuda = [], device.type == "cuda"
     for target in targets:
-        moved.append({name: value.to(device, non_blocking=True) for name, value in target.items()})
+        moved.append({name: value.to(device, non_blocking=on_cuda) for name, value in target.items()})
     return moved
 
 

@@ -92,7 +92,7 @@ def get_parser():
     add("--seed", type=at_least(0), default=0, help="of the images' parts, initial weights, order, and crops")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="off", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 on CUDA, else off")
+        help="mixed precision; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--workers", type=at_least(-1), default=-1,
         help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
@@ -242,7 +242,7 @@ def train_once(args, loaded, last=True):
         x = views(images, uniforms, device)[0]                                    # [B, 3, h, w]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             logits = ddp(x)                                                       # [B, C]
-        loss = loss_of(logits.float(), labels.to(device, non_blocking=True))
+        loss = loss_of(logits.float(), labels.to(device, non_blocking=device.type == "cuda"))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)           # before the norm, which fp16's scale would multiply

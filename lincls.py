@@ -73,7 +73,7 @@ def get_parser():
     add("--seed", type=at_least(0), default=0, help="of held-out images, initial weights, order, and crops")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="off", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+        help="mixed precision of the backbone; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--workers", type=at_least(-1), default=-1,
         help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
@@ -302,7 +302,8 @@ def main(args):
         else:
             images, uniforms, labels = run.next(loader)
             features = features_of(views(images, uniforms, device)[0])
-        losses = head_losses(ddp(features), labels.to(device, non_blocking=True))     # [L, G]
+        labels = labels.to(device, non_blocking=device.type == "cuda")
+        losses = head_losses(ddp(features), labels)                               # [L, G]
         optimizer.zero_grad()
         losses.sum().backward()              # a head's gradient comes from its own loss alone
         optimizer.step()

@@ -156,6 +156,7 @@ class BatchNorm(nn.Module):
         if processes == dist.get_world_size():
             return dist.group.WORLD
         if processes not in self._groups:        # made once: new_subgroups is a collective call, and slow
+            dist.barrier()                       # NCCL splits off a group only where nothing is under way
             world = dist.group.WORLD._get_backend(self.running_mean.device)
             self._groups[processes] = dist.new_subgroups(processes, timeout=world.options._timeout)[0]
         return self._groups[processes]

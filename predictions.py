@@ -59,10 +59,7 @@ def predict_part(part, network, config, device, batch_size, workers, amp_dtype=t
         raise UserError(f"--data: has {len(part)} {part.part}, fewer than processes; use fewer")
     mine, found = part.subset(slice(rank, None, world_size)), []
     for rows in predict(network, eval_batches(mine, config, device, batch_size, workers), amp_dtype):
-        if rows is not None:             # NCCL takes no tensors of the CPU
-            rows = torch.from_numpy(rows).to(device if world_size > 1 else "cpu")
-            rows = gather(rows, part, world_size).cpu()
-        found.append(rows)
+        found.append(None if rows is None else gather(torch.from_numpy(rows), part, world_size, device))
     return found
 
 
@@ -94,11 +91,12 @@ def accuracies(classes, labels, world_size=1):
     return sums[:2] / sums[2]
 
 
-def gather(mine, dataset, world_size):
+def gather(mine, dataset, world_size, device=None, chunk=4096):
     """Rows [N, ...] of all images of a set, in order.
 
     mine: the rows of this process's readable images; its images are rank::world_size. Rows of unreadable
-    images are UNREADABLE throughout.
+    images are UNREADABLE throughout. device: where processes exchange them, as NCCL takes no tensors of the
+    CPU; default: theirs. chunk: rows of each process in an exchange, which bounds the memory.
     """
     rank = dist.get_rank() if world_size > 1 else 0
     readable = dataset.is_readable[rank::world_size].nonzero()[:, 0].to(mine.device)
@@ -106,7 +104,10 @@ def gather(mine, dataset, world_size):
     rows[readable] = mine
     if world_size == 1:
         return rows
-    return all_gather(rows).transpose(0, 1).flatten(0, 1)[:len(dataset)]
+    everyone = rows.new_empty(len(rows), world_size, *rows.shape[1:])     # [i, r]: row i of process r
+    for part, place in zip(rows.split(chunk), everyone.split(chunk), strict=True):
+        place.copy_(all_gather(part.to(device or part.device)).transpose(0, 1))
+    return everyone.flatten(0, 1)[:len(dataset)]
 
 
 def write_predictions(path, dataset, predictions):

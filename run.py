@@ -83,14 +83,16 @@ class Run:
         self.config = vars(args) if config is None else config
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        state = [None]
+        found = [None, False]                            # checkpoint; whether all is done
         if self.rank == 0:
             # the lock is released when nobody refers to it any more, so it stays an attribute
-            self.lock, state[0] = open_output(args, stage, self.config)
-        if self.world_size > 1:                          # every rank resumes from what rank 0 read
-            dist.broadcast_object_list(state)
-        self.state, self.start, self.parts = state[0], 0, {}
-        amp_before = state[0]["config"].get("amp", args.amp) if state[0] else args.amp
+            self.lock, found[0] = open_output(args, stage, self.config)
+            found[1] = (self.out / "metrics.json").exists()
+        if self.world_size > 1:                          # other machines may not have rank 0's folder
+            dist.broadcast_object_list(found)
+        self.state, self.finished = found
+        self.start, self.parts = 0, {}
+        amp_before = self.state["config"].get("amp", args.amp) if self.state else args.amp
         self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
         self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
         self.training, self.code, self.pid = True, None, os.getpid()     # code: set where the process ends
@@ -123,8 +125,7 @@ class Run:
                 if len(states) == self.world_size:       # else a rank's noise is drawn anew
                     set_rng_state(states[self.rank], self.device)
             self.state = None                            # the memory is the parts' now
-        if self.start == self.total_steps and (self.args.resume != "auto" or
-                                               (self.out / "metrics.json").exists()):
+        if self.start == self.total_steps and (self.args.resume != "auto" or self.finished):
             self.say(f"{self.out}: this run is finished; --overwrite starts it anew")
             self.end(0)
         self.say(shlex.join(["python", *sys.argv]))
@@ -177,6 +178,8 @@ class Run:
             self.logging = done % self.args.print_every == 0 or self.epoch_ends
             self.saving = done % self.args.save_every == 0 or done == self.total_steps
             yield step
+            if self.logging:             # the next rate is without what a stage scored and drew here
+                self.since = time.time()
             if step == self.start and not self.logging:  # the first line of progress may take minutes
                 self.say(f"first step done after {time.time() - self.since:.1f} s", keep=False)
             if self.saving or self.stopped_by:
@@ -313,7 +316,7 @@ class Run:
             tail = f"collapsed: {numbers['collapsed']}"
         self.say(f"step {done}/{self.total_steps} | {line.format(**numbers)} | {tail}",
                  keep=self.epoch_ends or "collapsed" in numbers)
-        self.logged, self.waited, self.since = done, 0.0, time.time()
+        self.logged, self.waited = done, 0.0
 
     def average(self, **tensors):
         """{name: tensor on the CPU}: means of each tensor over the ranks, by one collective."""

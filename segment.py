@@ -57,8 +57,7 @@ def get_parser():
     add("--data-dir", default="datasets", help="folder of the data sets")
     add("--num-scenes", type=at_least(1), nargs=2, default=[1000, 200], metavar=("TRAIN", "TEST"),
         help="scenes to train on and to test on")
-    add("--short-side", type=at_least(1), default=64,
-        help="pixels of the shorter side that images are resized to; the size of scenes")
+    add("--short-side", type=at_least(1), default=64, help="shorter side of resized images; size of scenes")
     add("--long-side", type=at_least(0), default=0,
         help="the longer side is at most this long, whatever the shorter one then is; 0: no limit")
     add("--scale-range", type=at_least(0.01, float), nargs=2, default=[1.0, 1.0], metavar=("LOW", "HIGH"),
@@ -84,7 +83,7 @@ def get_parser():
     add("--seed", type=at_least(0), default=0, help="of scenes, initial weights, order, and crops")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="off", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 on CUDA, else off")
+        help="mixed precision; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--workers", type=at_least(-1), default=-1,
         help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")
@@ -223,21 +222,22 @@ def evaluate(network, test, args, mean, std, rank, world_size):
     """(confusion [C, C] of all images, number of broken ones, [(index, classes, predictions)] to show)."""
     network.eval()
     device, C, shown = next(network.parameters()).device, len(test.class_names), []
+    on_cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = args.window > 0         # whole images have many sizes
     whole = Whole(test, (args.short_side, args.long_side), mean, std)
     loader = torch.utils.data.DataLoader(
         whole, batch_size=None, sampler=range(rank, len(test.images), world_size), worker_init_fn=own_group,
-        **loader_workers(args.workers, whole), pin_memory=device.type == "cuda", generator=torch.Generator())
+        **loader_workers(args.workers, whole), pin_memory=on_cuda, generator=torch.Generator())
     counts = torch.zeros(C * C + 1, dtype=torch.long, device=device)
     for item in loader:
         if item is None:
             counts[-1] += 1
             continue
         index, x, classes = item
-        scores = in_windows(network, x.to(device, non_blocking=True), args.window, args.window_stride)
+        scores = in_windows(network, x.to(device, non_blocking=on_cuda), args.window, args.window_stride)
         scores = F.interpolate(scores, classes.shape, mode="bilinear", align_corners=args.align_corners)
         predictions = scores[0].argmax(0)
-        counts[:-1] += confusion_matrix(classes.to(device, non_blocking=True), predictions, C).flatten()
+        counts[:-1] += confusion_matrix(classes.to(device, non_blocking=on_cuda), predictions, C).flatten()
         if len(shown) < SHOWN:
             shown.append((index, classes, predictions.cpu()))
     if world_size > 1:
@@ -308,8 +308,8 @@ def main(args):
 
         # ---- one training step: B images of this process
         x, classes = run.next(loader)                                  # [B, 3, crop, crop], [B, crop, crop]
-        x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
-        classes = classes.to(device, non_blocking=True)
+        x = x.to(device, non_blocking=device.type == "cuda", memory_format=torch.channels_last)
+        classes = classes.to(device, non_blocking=device.type == "cuda")
         with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp != "off"):
             scores, *auxiliary = ddp(x)                                # each [B, C, crop, crop]
         loss = pixel_loss(scores, classes)
@@ -326,7 +326,7 @@ def main(args):
         if run.logging:
             run.log("loss {loss:.3f}", loss=run.average(loss=loss)["loss"].item())
         if step + 1 == args.steps and args.bn_batches:       # before the last save; the statistics lag behind
-            batches = (run.next(loader)[0].to(device, non_blocking=True) for _ in range(args.bn_batches))
+            batches = (run.next(loader)[0].to(device) for _ in range(args.bn_batches))
             reestimate_batch_norms(network, batches, forward=network)
 
     # ---------------------------------------------------------------- evaluate

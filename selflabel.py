@@ -82,7 +82,7 @@ def get_parser():
     add("--seed", type=at_least(0), default=0, help="of new weights, order of the images, views")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 on CUDA, else off")
+        help="mixed precision; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--workers", type=at_least(-1), default=-1,
         help="data-loader workers; -1: one per core for image files, 0 for in-memory sets")
     add("--save-every", type=at_least(1), default=500, help="steps between checkpoints")

@@ -54,7 +54,7 @@ def get_parser():
     add("--output-dir", default="runs/svm", help="folder for everything written")
     add("--device", default=DEVICES[0], choices=DEVICES, help="of the network")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+        help="mixed precision of the backbone; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--batch-size", type=at_least(1), default=64, help="images per forward pass")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--seed", type=at_least(0), default=0, help="draws the images of each k")

@@ -57,7 +57,7 @@ def get_parser():
         help="of the validation images where a set has none, and of Caltech-101's training images")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to compute")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision of the backbone; auto: bf16 on CUDA, else off")
+        help="mixed precision of the backbone; auto: on CUDA bf16, or fp16 on an older GPU, else off")
     add("--batch-size", type=at_least(1), default=512, help="images per forward pass of a process")
     add("--workers", type=at_least(-1), default=-1, help="to read files; -1: one per core")
     add("--timeout", type=at_least(1, float), default=600, help="seconds to wait for the other processes")

@@ -143,14 +143,15 @@ class Views(nn.Module):
 
     def crop_padded(self, packed, uniforms, device):
         """The dict of `pad` -> V crops [B, 3, h, w] in 0..1 on `device`. One view at a time bounds memory."""
-        pictures, place = (packed[name].to(device, non_blocking=True) for name in ("pictures", "place"))
+        on_cuda = device.type == "cuda"          # on MPS a copy that is not waited for may read freed memory
+        pictures, place = (packed[name].to(device, non_blocking=on_cuda) for name in ("pictures", "place"))
         whole, plans, crops = packed["order"][:len(pictures)], [], []
         for view, first, end in self.groups:
             for u in uniforms[first:end, whole]:
                 box = view.draw_crop(u, *packed["sizes"].T)
                 plans.append([(view.resize, [box[name] for name in BOX])])
         for [(resize, drawn)], large in zip(send(plans, device), packed["crops"], strict=True):
-            large = large.to(device, non_blocking=True).float() / 255
+            large = large.to(device, non_blocking=on_cuda).float() / 255
             both = torch.cat([resize(pictures, *drawn), large])
             crops.append(both.index_select(0, place))
         return crops
@@ -161,7 +162,8 @@ class Views(nn.Module):
         if isinstance(images, dict):
             images = self.crop_padded(images, uniforms, device)
         is_cut, B = isinstance(images, list), uniforms.shape[1]
-        images = images if is_cut else images.to(device, non_blocking=True)
+        on_cuda = device.type == "cuda"
+        images = images if is_cut else images.to(device, non_blocking=on_cuda)
         plans = []
         for run in self.runs:
             start, parts = run[0][1], []
@@ -175,7 +177,7 @@ class Views(nn.Module):
         for run, plan in zip(self.runs, send(plans, device), strict=True):
             start, end = run[0][1], run[-1][2]
             if is_cut:
-                x = torch.cat([crop.to(device, non_blocking=True) for crop in images[start:end]])
+                x = torch.cat([crop.to(device, non_blocking=on_cuda) for crop in images[start:end]])
                 x = x if x.is_floating_point() else x.float() / 255
             else:
                 x = images.repeat(end - start, 1, 1, 1)
@@ -209,9 +211,12 @@ def send(plans, device):
     for plan in plans:
         for _, of_change in plan:
             tensors += of_change
+    if not tensors:                      # views that only crop and mirror, of files, which workers have cut
+        return plans
     flat = pack(tensors)
-    flat = flat.pin_memory() if device.type == "cuda" else flat
-    sent = iter(unpack(flat.to(device, non_blocking=True), tensors))
+    on_cuda = device.type == "cuda"
+    flat = flat.pin_memory() if on_cuda else flat
+    sent = iter(unpack(flat.to(device, non_blocking=on_cuda), tensors))
     on_device = []
     for plan in plans:
         on_device.append([])

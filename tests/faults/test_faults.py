@@ -476,7 +476,7 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(processes, tm
     (tmp_path / "wrong").write_text(text.replace(small, f"{small} --lr nan"))
     alone = f'while [ "$1" != pretrain.py ]; do shift; done; exec {sys.executable} "$@"'
     torchrun = f'exec {sys.executable} -m torch.distributed.run "$@"'
-    commands = {"srun": 'exec "$@"', "torchrun": alone if processes == 1 else torchrun,
+    commands = {"srun": 'shift; exec "$@"', "torchrun": alone if processes == 1 else torchrun,
                 "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued'}
     for name, line in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
@@ -484,6 +484,7 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(processes, tm
 
     def submit(script):
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "fake", "SLURM_NNODES": "1",
+               "SLURM_CPUS_PER_TASK": "1",
                "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "here"}
         with open(f"{out}.out", "a") as output:
             process = subprocess.Popen(["bash", str(tmp_path / script)], cwd=ROOT, env=env, stdout=output,
@@ -504,6 +505,21 @@ def test_the_slurm_file_requeues_what_was_stopped_and_nothing_else(processes, tm
     assert log_lines(out)[-1] == stopped and requeued() == ["requeue 17"]       # the log still ends with it
     end(submit("sound"))
     assert log_lines(out)[-1]["status"] == "done" and requeued() == ["requeue 17"]
+
+
+def own_folder():
+    """Each rank has an output folder of its own, as on machines that share none."""
+    sys.argv[sys.argv.index("--output-dir") + 1] += os.environ["RANK"]
+
+
+@pytest.mark.parametrize("stage, more", [("lincls", ""), ("finetune", "--grid --lrs 0.1 --weight-decays 0")])
+def test_a_finished_command_ends_where_machines_share_no_folder(stage, more, network, tmp_path):
+    """Only the first one knows that the run is finished; the others must not go on to the evaluation."""
+    flags = f"{STAGES[stage].format(network=network)} {more} --timeout 30"
+    for _ in range(2):
+        said = end(begin(stage, flags, tmp_path / "run", ranks=2, prepare=own_folder))
+    assert "this run is finished" in said
+    assert not (tmp_path / "run1").exists()
 
 
 # ---------------------------------------------------------------- another number of processes
@@ -550,7 +566,8 @@ def test_one_then_two_then_one_process(stage, network, tmp_path):
     apart = max((x - y).abs().max().item() for x, y in zip(*(s.values() for s in states), strict=True))
     print(f"\n{stage}: two processes from step {places[0]} to {places[1]}; losses differ by "
           f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}, weights by {apart:.1e}")
-    if stage in ("semisup", "finetune"):                       # their batch norms are each process's own
+    # batch norms, or the samples of anchors and boxes, are each process's own
+    if stage in ("semisup", "finetune", "detect"):
         assert a[:places[0]] == b[:places[0]] and a[places[0]:places[1]] != b[places[0]:places[1]]
     else:
         assert a == pytest.approx(b, rel=1e-7) and apart < 1e-7

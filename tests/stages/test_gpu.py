@@ -47,6 +47,20 @@ def test_several_processes_wait_for_nothing(tmp_path, monkeypatch):
     assert not step["waits"] and step["launches"] <= 900
 
 
+@pytest.mark.parametrize("crop_on", ["workers", "device"])
+@pytest.mark.parametrize("stage, flags", [
+    ("pretrain", "--num-classes 2 --hidden-dim 8 --knn-every 0 --restarts 1"),
+    ("lincls", "--checkpoint {network} --held-out 0.2"),
+    ("semisup", "--checkpoint {network} --label-fraction 1"),
+    ("finetune", "--checkpoint {network} --steps 9")])
+def test_a_step_on_picture_files(stage, flags, crop_on, network, pictures, tmp_path, monkeypatch):
+    """The views of the last three only crop and mirror, so that workers leave nothing to be done or sent."""
+    flags = (f"{flags.format(network=network)} --data {pictures} --image-size 16 --batch-size 4 "
+             f"--crop-on {crop_on} --output-dir {tmp_path}/run")
+    _, step = run_stage(monkeypatch, stage, flags, steps=2)
+    assert len(step["waits"]) <= 3, step["waits"]
+
+
 # ---------------------------------------------------------------- evaluations
 EVALUATIONS = {                  # flags, what works without the device, passes over data
     "knn": ("--k 2", "nearest_neighbours", 2), "cluster_eval": ("", "evaluate", 1),

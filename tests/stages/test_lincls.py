@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
@@ -131,6 +133,23 @@ def test_unreadable_pictures_keep_their_places_and_have_no_prediction(tmp_path):
     write_predictions(tmp_path / "predictions.csv", dataset, predictions)
     lines = (tmp_path / "predictions.csv").read_text().split()
     assert lines == ["image,label,prediction", "1.png,1,9", "2.png,2,8", "4.png,4,7", "5.png,5,6"]
+
+
+def gather_in_parts(rank, world_size, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dataset = ImageSet(None, torch.arange(11), list("abcdefghijk"), np.array([b"x.png"] * 11))
+    dataset.broken[[4, 9]] = True
+    features = torch.arange(22.0).view(11, 2)
+    mine = features[rank::world_size][~dataset.broken[rank::world_size].bool()]
+    expected = features.clone()
+    expected[[4, 9]] = UNREADABLE
+    for chunk in (1, 2, 3, 100):
+        assert gather(mine, dataset, world_size, chunk=chunk).equal(expected)
+    dist.destroy_process_group()
+
+
+def test_rows_of_processes_come_together_part_by_part(tmp_path):
+    mp.start_processes(gather_in_parts, (3, tmp_path / "store"), 3, start_method="forkserver")
 
 
 # ---------------------------------------------------------------- features of several depths
