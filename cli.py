@@ -95,7 +95,9 @@ def _did_you_mean(message, parser):
         r"unrecognized arguments:.*?(--[\w-]+)", r"argument (--[\w-]+): invalid choice: '(.*?)'",
         r"No such file or directory: '(.*?)'"))
     if flag:
-        near = difflib.get_close_matches(flag[1], parser._option_string_actions)
+        shown = [name for name, action in parser._option_string_actions.items()
+                 if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(flag[1], shown)
     elif choice:
         choices = parser._option_string_actions[choice[1]].choices
         near = difflib.get_close_matches(choice[2], map(str, choices))

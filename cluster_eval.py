@@ -188,7 +188,7 @@ def load_clusters(args):
     if args.kmeans:
         return load_network(args)
     try:
-        network, config = load_twist(args.checkpoint, args.key)
+        network, config = load_twist(args.checkpoint, args.key, args.arch)
     except UserError as error:
         read_file(args.checkpoint)           # a file that cannot be read has no features either
         raise UserError(f"{error}; --kmeans K clusters the features of a network without classes") from None

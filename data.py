@@ -71,6 +71,12 @@ class ImageSet:
     part: str = "images"                          # or training images, validation images, test images
 
     def __post_init__(self):
+        images, labels = self.images, self.labels
+        if images is not None and not (torch.is_tensor(images) and images.dtype == torch.uint8 and
+                                       images.dim() == 4 and images.shape[1] in (1, 3)):
+            raise ValueError("images: expected a uint8 tensor [N, 1 or 3, H, W]")
+        if labels is not None and not (torch.is_tensor(labels) and len(labels) == len(self)):
+            raise ValueError(f"labels: expected a tensor of {len(self)}, as many as images")
         if self.images is None and self.broken is None:
             self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
             self.positions = torch.arange(len(self))
@@ -412,6 +418,10 @@ def hold_out(labels, share, seed):
 def refuse_empty_classes(dataset, indices, where):
     """Raises UserError if a class has no image among these indices; where: the flag that chose them."""
     counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.class_names))
+    of_all = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
+    if 0 in of_all:
+        raise UserError(f"--data: class '{dataset.class_names[int(of_all.argmin())]}' has no training image; "
+                        "give it some, or number the classes from 0 without gaps")
     if 0 in counts:
         raise UserError(f"{where}: no image of class '{dataset.class_names[int(counts.argmin())]}', as of "
                         f"{int((counts == 0).sum())} of {len(counts)} classes; take more images")
@@ -605,7 +615,7 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0, crop_class=
         if len(images) == 0:                      # nothing in it can be read
             continue
         images = images.to(device, non_blocking=on_cuda).float() / 255
-        if images.shape[-1] != size:
+        if images.shape[2:] != (size, size):
             images = F.interpolate(images, (size, size), mode=interpolation, antialias=True).clamp_(0, 1)
         yield normalize(images, mean, std)
     if len(dataset) and not dataset.is_readable.any():

@@ -172,12 +172,12 @@ def main(args):
     # ---------------------------------------------------------------- optimizer
     groups = param_groups(model, args.weight_decay)
     if args.optimizer == "lars":
-        optimizer = LARS(groups, lr=0.0, momentum=args.momentum)
+        optimizer = LARS(groups, lr=peak_lr, momentum=args.momentum)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(args.momentum, args.beta2),
+        optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(args.momentum, args.beta2),
                                       fused=device.type == "cuda" or None)           # None: torch's default
     else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum)
+        optimizer = torch.optim.SGD(groups, lr=peak_lr, momentum=args.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---------------------------------------------------------------- resume

@@ -186,7 +186,10 @@ def _read_list(path):
     if str(path).lower().endswith(SUFFIXES):
         raise UserError(f"--data {path}: is a picture; give its folder, or a text file that names pictures")
     paths, labels, names_in = [], [], {}
-    lines = path.read_text(errors="surrogateescape").split("\n")
+    lines = path.read_text("utf-8-sig", errors="surrogateescape").split("\n")     # Excel writes a mark first
+    if "\0" in lines[0]:
+        raise UserError(f"--data {path}: is no text file; give a folder, shards (.tar, not compressed), or a "
+                        "list with lines PICTURE or PICTURE LABEL")
     if next(filter(None, map(str.strip, lines)), "").endswith(".tar"):
         patterns = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
         return _number(*read_shards(itertools.chain(*map(expand, patterns))))
@@ -202,8 +205,8 @@ def _read_list(path):
         if folder not in names_in:                # faster than to ask for each of a million files
             names_in[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in names_in[folder]:
-            raise UserError(f"--data {path}: line {number} names a missing file, {picture}; correct or "
-                            "remove the line")
+            raise UserError(f"--data {path}: line {number} names a missing file, {printable(picture)}; "
+                            "correct it: lines are PICTURE or PICTURE LABEL")
         if labels and (label is None) != (labels[0] is None):
             raise UserError(f"--data {path}: line {number} has {'no' if label is None else 'a'} label, "
                             "unlike the first; give all lines one or none")

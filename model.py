@@ -3,6 +3,7 @@
 The state dict of `Twist` has the names and shapes of the released network (arXiv 2110.07402).
 """
 
+import re
 from collections import OrderedDict
 
 import torch
@@ -349,7 +350,7 @@ def patch_size(arch):
     """Pixels of a patch of a ViT, the least that a picture may have; 1 for other networks."""
     if not arch.startswith("vit"):
         return 1
-    return 8 if arch.endswith("8") else 16
+    return int(re.search(r"\d*$", arch)[0] or 16)
 
 
 def build_backbone(arch, small_images=False, drop_path=0.0):
@@ -369,14 +370,14 @@ def build_backbone(arch, small_images=False, drop_path=0.0):
         raise ValueError(f"unknown arch '{arch}': choose from {', '.join(ARCHS)}")
     if small_images and not arch.startswith("resnet"):
         raise ValueError(f"small images: {arch} is not a ResNet, so it has no stem to change")
-    if arch.startswith("vit"):
-        heads = {"vit_t": 3, "vit_s": 6, "vit_b": 12}[arch.removesuffix("8")]
+    if re.fullmatch(r"vit_[tsb]\d*", arch):
+        heads = {"t": 3, "s": 6, "b": 12}[arch[4]]
         return ViT(64 * heads, heads, drop_path=drop_path, patch=patch_size(arch))
     if arch.startswith("resnet8"):
         w = 2 if "w2" in arch else 1
         backbone = ResNet(BasicBlock, [1, 1, 1], [32 * w, 64 * w, 128 * w], stem_width=32 * w, stem_kernel=5,
                           max_pool=False, pool=2 if arch.endswith("2x2") else 1)
-    elif "w" in arch:
+    elif re.fullmatch(r"resnet50w\d", arch):
         w = int(arch[-1])
         backbone = ResNet(Bottleneck, [3, 4, 6, 3], [64 * w, 128 * w, 256 * w, 512 * w], stem_width=64 * w)
         for module in backbone.modules():                       # as torchvision initialises its ResNets

@@ -47,23 +47,24 @@ def _plot_curves(figure, entries, config):
     left, right = figure.subplots(1, 2, gridspec_kw=dict(left=0.06, right=0.94, bottom=0.26, top=0.82,
                                                          wspace=0.22))
     steps = [entry["step"] for entry in entries]
-    twist = config.get("loss", "twist") == "twist"
-    terms = ("consistency", "sharpness", "diversity") if twist else ("invariance", "redundancy")
-    for name, style in zip(terms, ("-", "--", "-."), strict=False):
+    loss, unit, title = config.get("loss", "twist"), "", "loss"
+    terms = {"twist": ("consistency", "sharpness", "diversity"), "barlow": ("invariance", "redundancy")}
+    for name, style in zip(terms.get(loss, ()), ("-", "--", "-."), strict=False):
         left.plot(steps, [entry[name] for entry in entries], style, label=name)
     right.plot(steps, [entry["loss"] for entry in entries], color="black", label="loss")
-    if twist:
-        classes = min(config["num_classes"], config["batch_size"])
+    if loss == "twist":
+        unit, classes = "nats", min(config["num_classes"], config["batch_size"])
         left.axhline(math.log(classes), color="0.6", linewidth=1, label=f"ln {classes}, the greatest entropy")
         left.set(ylim=(0, None))
         lowest, why = loss_bound(config)
         right.axhline(lowest, color="0.6", linewidth=1, label=why)
         title = f"consistency + {config['alpha']:g} · sharpness − {config['beta']:g} · diversity"
-    else:
+    elif loss == "barlow":
         left.set(yscale="log")                   # invariance sums D numbers, redundancy D² - D
         right.set(yscale="log")
-        title = f"invariance + {config['lambd']:g} · redundancy"
-    unit = "nats" if twist else "squared correlation"
+        unit, title = "squared correlation", f"invariance + {config['lambd']:g} · redundancy"
+    else:                                        # of one's own: nothing is known of its terms
+        left.set_axis_off()
     left.set(xlabel="step", ylabel=unit, title="the terms")
     right.set(xlabel="step", ylabel=unit, title=title)
     headline = f"{config.get('data')}, {config.get('output_dir')}: step {steps[-1]:,}"

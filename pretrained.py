@@ -93,13 +93,15 @@ def _joined(numbers):
 
 
 # ---------------------------------------------------------------- the network in a file
-def load_twist(path, key=None):
-    """(Twist, configuration) of a training run's checkpoint.
+def load_twist(path, key=None, arch=None):
+    """(Twist, configuration) of a training run's checkpoint. The Twist is in training mode.
 
     key: teacher, the momentum encoder, or student, the trained network; None: teacher if there is one.
-    Raises UserError for a run that had another loss, and so no classes.
+    arch: what the user takes its backbone for, or None. Raises UserError for another backbone, and for a run
+    that had another loss, and so no classes.
     """
     state = load_trained(path)
+    _refuse_arch(state["config"], arch, path, "--arch")
     return build_ours(state["config"], state[_choose(state, key, path)], path), state["config"]
 
 
@@ -156,14 +158,13 @@ def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch
     content, _ = read_file(path)
     trained = _trained(content, path, published=arch is None)
     config = trained["config"] if trained else read_description(path)
-    if config and arch not in (None, config.get("arch")):
-        raise UserError(f"{arch_flag} {arch}: {path} holds a {config.get('arch')}; leave {arch_flag} out")
+    _refuse_arch(config or {}, arch, path, arch_flag)
+    if config and small_images and not config["small_images"]:
+        raise UserError(f"--small-images: {path} has no such stem; leave it out")
     if trained:
         name = _choose(trained, key, path, key_flag)
         place = f"{name}.{trained.get('prefix', '')}backbone"
         return build_ours(config, trained[name], path).backbone, config, place
-    if config and small_images and not config["small_images"]:
-        raise UserError(f"--small-images: {path} has no such stem, as its .json says; leave it out")
     if config:
         backbone = build_backbone(config["arch"], config["small_images"])
         return backbone, config, load_backbone(backbone, path, key).place
@@ -178,6 +179,11 @@ def _pretrained(path, arch=None, small_images=False, key=None, arch_flag="--arch
     config = {"data": None, "image_size": 0, "mean": None, "std": None, "arch": arch, "seed": 0,
               "small_images": small_images, "input_from": f"ImageNet's, as {path} does not say"}
     return backbone, config, place
+
+
+def _refuse_arch(config, arch, path, flag):
+    if arch not in (None, config.get("arch", arch)):
+        raise UserError(f"{flag} {arch}: {path} holds a {config['arch']}; leave {flag} out")
 
 
 def load_init(network, args):
@@ -240,12 +246,11 @@ def read_published(content, path):
               "data": None, "seed": 0, "image_size": 224, "mean": None, "std": None,
               "input_from": "ImageNet's, as in TWIST's released code"}
     vit = "backbone.cls_token" in networks["model"]
-    with torch.device("meta"):                              # no memory: each arch is tried
-        for arch in [arch for arch in ARCHS if arch.startswith("vit") == vit]:
-            if not differences(build_network(config | {"arch": arch}).state_dict(), networks["model"]):
-                say_once(f"{path}: a checkpoint of TWIST's released code; {arch}, {last.numel()} classes")
-                prefix = "module." * all(str(key).startswith("module.") for key in content["model"])
-                return networks | {"config": config | {"arch": arch}, "prefix": prefix}
+    for arch in [arch for arch in ARCHS if arch.startswith("vit") == vit]:
+        if not differences(shapes(config | {"arch": arch}), networks["model"]):
+            say_once(f"{path}: a checkpoint of TWIST's released code; {arch}, {last.numel()} classes")
+            prefix = "module." * all(str(key).startswith("module.") for key in content["model"])
+            return networks | {"config": config | {"arch": arch}, "prefix": prefix}
     raise UserError(f"{path}: looks like a checkpoint of TWIST's released code, but its network is none of "
                     f"{', '.join(ARCHS)}; use one of these")
 
@@ -319,15 +324,25 @@ def _choose(state, key, path, flag="--key"):
     return "teacher" if name == "teacher" else "model"
 
 
+def shapes(config):
+    """The state dict of a configuration's network, without memory: a hostile one may claim any size."""
+    try:
+        with torch.device("meta"):
+            return build_network(config).state_dict()
+    except RuntimeError:                 # an arch of one's own may read numbers while it is built
+        return build_network(config).state_dict()
+
+
 def build_ours(config, weights, path, drop_path=0.0):
     """The network of a run's configuration with these weights. Raises UserError if they do not fit."""
     try:
-        with torch.device("meta"):       # no memory yet: a hostile configuration may claim any size
-            problem = differences(build_network(config).state_dict(), weights)
+        problem = differences(shapes(config), weights)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         problem = str(error).splitlines()[0]
     if problem:
-        raise UserError(f"{path}: not a network of this project ({problem}); use another file")
+        backbone = Path(path).with_name("backbone.pth")
+        other = f"{printable(str(backbone))}, its backbone" if backbone.is_file() else "another file"
+        raise UserError(f"{path}: not a network of this project ({problem}); use {other}")
     network = build_network(config, drop_path)
     network.load_state_dict(weights)
     return network

@@ -118,7 +118,7 @@ def health(run):
     if "collapsed" in last:
         why = COLLAPSES.get(last["collapsed"], "the network no longer tells images apart")
         said.append(join(tag("strong", f"Collapsed ({last['collapsed']})"), f": {why}. Do not use it."))
-    else:
+    elif config.get("loss", "twist") in ("twist", "barlow", "seed"):      # other losses are not looked at
         said.append(tag("strong", "Not collapsed."))
     if "mi" in last:
         said += information(last, config)
@@ -138,7 +138,8 @@ def information(last, config):
         said.append(f"With NBS, sharpness is at least {sharpest:.2f} for {most} balanced classes; here it is "
                     f"{last['sharpness']:.2f}. So mi is at most {reachable:.2f}, of which "
                     f"{percent(mi / reachable)} is reached.")
-    return [*said, f"{last['classes']:.2f} of {config['num_classes']:,} classes are in use in a batch."]
+    return [*said, f"A batch is spread as evenly as over {last['classes']:.2f} of {config['num_classes']:,} "
+                   "classes."]
 
 
 # ---------------------------------------------------------------- classes

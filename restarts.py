@@ -68,6 +68,7 @@ class Restarts:
         for network in self.networks:
             network.load_state_dict(new.state_dict())
         self.optimizer.state.clear()
+        self.optimizer.zero_grad()
 
     def keep(self, number, run):
         """Remembers the candidate that has just ended."""

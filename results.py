@@ -149,7 +149,7 @@ class Results(NamedTuple):
                 return line["command"]
         checkpoint = metrics.get("checkpoint") or self.folder / "checkpoint.pth"
         words = ["python", f"{script}.py", "--checkpoint", checkpoint, "--output-dir", folder]
-        has_classes = config.get("stage", "pretrain") in ("pretrain", "selflabel")
+        has_classes = config.get("loss", "twist") == "twist"
         if "kmeans" in metrics or script == "cluster_eval" and not has_classes and not evaluation:
             words += ["--kmeans", metrics.get("num_clusters", 10)]
         if script == "semisup":

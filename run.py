@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from checkpoint import (
     UserError,
+    is_ours,
     load_checkpoint,
     load_last_checkpoint,
     save_checkpoint,
@@ -81,6 +82,8 @@ class Run:
         self.args, self.stage, self.device, self.out = args, stage, device, Path(args.output_dir)
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.config = vars(args) if config is None else config
+        if not is_ours(dict(model={}, config=self.config)):
+            raise TypeError(f"config: holds more than numbers, texts and flat lists of these: {self.config}")
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         found = [None, False]                            # checkpoint; whether all is done
@@ -91,7 +94,7 @@ class Run:
         if self.world_size > 1:                          # other machines may not have rank 0's folder
             dist.broadcast_object_list(found)
         self.state, self.finished = found
-        self.start, self.parts = 0, {}
+        self.start, self.step, self.left_early, self.parts = 0, -1, False, {}
         amp_before = self.state["config"].get("amp", args.amp) if self.state else args.amp
         self.amp = args.amp if amp_before == args.amp else f"{args.amp} (was {amp_before})"
         self.caught, self.asked, self.stopped_by, self.waited = [], 0.0, None, 0.0
@@ -106,14 +109,15 @@ class Run:
     def track(self, **parts):
         """Names the parts of a checkpoint and loads them if the run resumes.
 
-        parts: modules, optimizers, scalers, ... with a state_dict, or tensors; None is left out. `model` is
-        needed; `run.backbone` is that of `teacher`, else of `model`, and is written to backbone.pth.
+        parts: modules, optimizers, scalers, ... with a state_dict, or tensors; None is left out. `model` and
+        `optimizer` are needed. `run.backbone` is that of `teacher`, else of `model`, and is written to
+        backbone.pth.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.backbone = getattr(self.parts.get("teacher", self.parts["model"]), "backbone", None)
         if self.state is not None:
             with refuse_misfit(self.args):
-                self.start = int(self.state["step"])
+                self.start, self.left_early = int(self.state["step"]), bool(self.state.get("left_early"))
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
                         part.copy_(torch.as_tensor(self.state[name]))
@@ -125,7 +129,8 @@ class Run:
                 if len(states) == self.world_size:       # else a rank's noise is drawn anew
                     set_rng_state(states[self.rank], self.device)
             self.state = None                            # the memory is the parts' now
-        if self.start == self.total_steps and (self.args.resume != "auto" or self.finished):
+        is_last = self.start == self.total_steps or self.left_early
+        if is_last and (self.finished or self.args.resume != "auto"):
             self.say(f"{self.out}: this run is finished; --overwrite starts it anew")
             self.end(0)
         self.say(shlex.join(["python", *sys.argv]))
@@ -148,7 +153,7 @@ class Run:
                 write_atomically(self.out / f"{name}.json", description(self.config, *input_of(self.config)))
             write_atomically(self.out / f"{name}.pth", backbone.state_dict())
         state = dict(step=self.step + 1, epoch=(self.step + 1) // self.steps_per_epoch, stage=self.stage,
-                     rng=rng, config=self.config)
+                     rng=rng, config=self.config, left_early=self.left_early)
         for name, part in self.parts.items():
             state[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
         save_checkpoint(self.out / "checkpoint.pth", state)
@@ -291,9 +296,12 @@ class Run:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in
                               zip(names, self.last_terms.tolist(), strict=True))
             self.write(dict(step=step, status=f"non-finite {what.split()[0]}"))
+            terms = f", last finite {terms}" if step > self.start + 1 else ""
+            kept = f"the checkpoint in {self.out} is from before"
+            if not (self.out / "checkpoint.pth").exists():
+                kept = "nothing is saved yet"
             self.end(3, f"at step {step} the {what} not finite (lr {self.lrs[step]:.3g}, amp "
-                        f"{self.args.amp}, last finite {terms}); the checkpoint in {self.out} is from "
-                        "before; try a lower learning rate")
+                        f"{self.args.amp}{terms}); {kept}; try a lower learning rate")
         self.lrs.clear()
         self.stopped_by = next((s for s, sent in zip(SIGNALS, heard, strict=True) if sent), None)
 
@@ -355,12 +363,17 @@ class Run:
         """Writes metrics.json (default: the last line of the log) and ends the process with code 0.
 
         metrics.json says that a run is finished, so it is written last. files: others that the stage wrote.
+        A loop that was left early, by all ranks in one step, is saved first.
         """
+        steps = self.step + 1
+        if 0 < steps < self.total_steps:
+            self.left_early = True
+            self.save()
         if self.rank == 0:
             # a crash of the machine may have cost the log its last lines; `step` tells what is left
             metrics = metrics or [dict(step=self.total_steps), *self.entries()][-1]
             write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=1).encode())
-            self.write(dict(step=self.total_steps, status="done"))
+            self.write(dict(step=steps or self.total_steps, status="done"))
             names = ("checkpoint.pth", "backbone.pth", "log.jsonl", "metrics.json", *files)
             written = [name for name in names if (self.out / name).exists()]
             self.say(f"done: {', '.join(written)} in {self.out}")

@@ -268,6 +268,7 @@ def test_flags_that_parse_args_resolves(monkeypatch):
     ("--num-classes 1", "argument --num-classes: 1: must be a whole number of at least 2"),
     ("--lrs", "argument --lrs"),
     ("--num-class 3", "unrecognized arguments: --num-class 3; did you mean --num-classes?"),
+    ("--local-ran 0.1", "unrecognized arguments: --local-ran 0.1; toy.py --help lists what there is"),
     ("--zzz", "unrecognized arguments: --zzz; toy.py --help lists what there is"),
     ("--output-dir my pictures", "arguments: pictures; a value with spaces or braces stands in quotes"),
     ("--arch resnet51", "'vit_s'); did you mean resnet50?"),
@@ -443,8 +444,9 @@ def test_first_bad_step_is_named(bad, what, watched):
     assert (ended.code, ended.found_at, ended.last) == (3, 6, dict(step=3, status=f"non-finite {what}"))
     assert ended.error == (
         f"toy.py: error: at step 3 the {what} is not finite (lr 0.375, amp off, last finite total 1, size 2)"
-        f"; the checkpoint in {ended.out} is from before; try a lower learning rate\n")
+        f"; nothing is saved yet; try a lower learning rate\n")
     assert not list(ended.out.glob("*.pth"))
+    assert "(lr 0.125, amp off); nothing is saved yet" in watched([NO_LOSS, FINE]).error
 
 
 def test_fp16_may_overflow_but_not_20_times_in_a_row(watched):
@@ -466,7 +468,9 @@ def test_weights_are_looked_at_before_a_save(begun, capsys):
                 model.bias.data.fill_(math.inf)
             bad.watch(torch.tensor(1.0), NORM)
     assert stop.value.code == 3 and log_lines(bad.out)[-1] == dict(step=4, status="non-finite weights")
-    assert "at step 4 the weights are not finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "at step 4 the weights are not finite" in said
+    assert f"the checkpoint in {bad.out} is from before" in said
     assert load_checkpoint(bad.out / "checkpoint.pth")["step"] == 2
 
 
@@ -751,6 +755,29 @@ def test_speed_and_waiting_are_measured(begun, monkeypatch, capsys):
     assert entries[0]["memory_mib"] > 50 and entries[2]["images_per_s"] == 1.6
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert lines[0] == "step 2/25 | loss 0.2 | 2 images/s, ETA 1:55" and lines[-1].endswith("ETA 0:05")
+
+
+def test_a_loop_that_is_left_early_is_saved_and_finished(begun, capsys):
+    early = begun(10, save_every=2)
+    for step in early.steps():
+        early.watch(NORM, NORM)
+        if step == 4:
+            break
+    with pytest.raises(SystemExit) as stop:
+        early.done(dict(score=1))
+    assert stop.value.code == 0 and load_checkpoint(early.out / "checkpoint.pth")["step"] == 5
+    assert log_lines(early.out)[-1] == dict(step=5, status="done")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        begun(10, save_every=2)
+    assert stop.value.code == 0 and "this run is finished" in capsys.readouterr().out
+
+
+def test_a_setting_that_no_checkpoint_may_hold_is_refused_before_the_first_step(begun):
+    """A checkpoint with it would be refused when it is read."""
+    with pytest.raises(TypeError, match=r"flat lists of these: .*\[\[1, 2\]\]"):
+        begun(10, config=dict(stages=[[1, 2]]))
+    begun(10, config=dict(stages=[1, 2], name=None))
 
 
 def test_long_runs_tell_their_time_in_hours(begun, monkeypatch, capsys):

@@ -142,6 +142,8 @@ def test_lists(tmp_path):
             ("p/a.jpg 0\nq/a.jpg 1\n", "line 2 names a missing file, .*q/a.jpg"),
             ("p/a.jpg 0\n\np/c.png\n", "line 3 has no label, unlike the first"),
             ("p/a.jpg\np/c.png 1\n", "line 2 has a label, unlike the first"),
+            ("\ufeffp/a.jpg\np/b.jpg\n", "line 2 names a missing file, .*p/b.jpg"),
+            ("p/a.jpg\0\n", "is no text file"),
             ("\n", "an empty list")):
         numbers.write_text(text)
         with pytest.raises(UserError, match=f"--data .*numbers.txt: {message}"):
@@ -579,6 +581,23 @@ def test_what_workers_hold_is_bounded_and_a_small_shared_memory_is_said(tmp_path
     assert len(lines) == 3 and all(line.startswith("warning: /dev/shm has ") for line in lines)
     assert "64 MiB, 12 workers of each process may need 2,0" in lines[1] and "--workers 0 fits" in lines[1]
     assert "--workers 5 fits, or enlarge it (docker --shm-size 16g)" in lines[2], lines[2]
+
+
+def test_images_in_memory_are_of_the_size_of_the_network_whatever_their_shape():
+    for height, width in ((24, 16), (16, 24), (32, 32)):
+        images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+        x, = eval_batches(ImageSet(images, None, None), dict(data="fake", image_size=16), "cpu")
+        assert x.shape == (2, 3, 16, 16)
+
+
+def test_a_set_in_memory_is_bytes_with_a_label_each():
+    """Floats from 0 to 1 would all be black."""
+    bytes_, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    for images in (bytes_.float(), bytes_.permute(0, 2, 3, 1), bytes_[:, 0], bytes_.numpy()):
+        with pytest.raises(ValueError, match=r"images: expected a uint8 tensor \[N, 1 or 3, H, W\]"):
+            ImageSet(images, labels, ["a"])
+    with pytest.raises(ValueError, match="labels: expected a tensor of 4"):
+        ImageSet(bytes_, labels[:3], ["a"])
 
 
 def test_eval_batches(folder):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from golden_inputs import fill, fill_backbone, fill_noise, noise, sine_images
 
+import model
 from checkpoint import load_backbone
 from loss import twist_loss
 from model import (
@@ -139,6 +140,17 @@ def test_small_networks_of_torchvision(arch, parameters):
     assert sum(p.numel() for p in backbone.parameters()) == parameters
     with pytest.raises(ValueError, match=arch):
         build_backbone(arch, small_images=True)
+
+
+@pytest.mark.parametrize("arch, features", [("wide_resnet50_2", 2048), ("swin_t", 768), ("vit_b_16", 768)])
+def test_an_arch_of_torchvision_is_torchvisions(arch, features, monkeypatch):
+    """Also if its name has a part of one of ours."""
+    monkeypatch.setattr(model, "ARCHS", (*model.ARCHS, arch, "vit_s14"))
+    with torch.device("meta"):
+        ours, theirs = build_backbone(arch), getattr(torchvision.models, arch)()
+        assert build_backbone("vit_s14").patch_embed.proj.kernel_size == (14, 14)
+    names = [name for name in theirs.state_dict() if not name.startswith(("fc.", "head.", "heads."))]
+    assert list(ours.state_dict()) == names and ours.feature_dim == features
 
 
 def test_a_network_without_a_linear_head_is_named():

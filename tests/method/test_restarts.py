@@ -216,9 +216,11 @@ def test_a_new_candidate_leaves_the_generators_of_gpus_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded a GPU"))
     monkeypatch.setattr("restarts.build_network", lambda *_: nn.Linear(1, 1))
     model = nn.Linear(1, 1)
+    model(torch.ones(1, 1)).sum().backward()
     before = torch.get_rng_state()
     Restarts(ARGS, {}, None, 28, None, model, None, torch.optim.AdamW(model.parameters())).begin_anew(1)
     assert torch.equal(torch.get_rng_state(), before)
+    assert model.weight.grad is None                     # nor does it begin with a gradient of the last one
 
 
 @pytest.mark.slow

@@ -66,6 +66,13 @@ def test_accuracies_are_drawn_where_they_were_measured():
     assert title == "fake, b: step 1, 20-NN 0.500" and "ACC (right axis)" not in lines
 
 
+def test_of_a_loss_of_ones_own_the_loss_is_drawn():
+    lines, title = lines_of([dict(step=i, loss=3.0 - i, variance=1.0) for i in (1, 2)],
+                            dict(loss="mine", data="fake", output_dir="m"))
+    assert list(lines) == ["loss"] and lines["loss"].get_ydata().tolist() == [2, 1]
+    assert title == "fake, m: step 2"
+
+
 def test_a_picture_that_fails_costs_a_line(tmp_path, capsys):
     run = SimpleNamespace(rank=0, out=tmp_path, entries=lambda: [{"step": 1}])
     draw_curves(run, CONFIG)

@@ -193,6 +193,11 @@ def test_attention_maps_of_a_vit(snippet, tmp_path):
     assert len(np.unique(first)) > 2 and (first.reshape(3, 16, 3, 16) == first[::16, None, ::16, None]).all()
 
 
+def test_pixels_of_ones_own(snippet, capsys):
+    snippet("classify.py", ROOT / "weights/fashion-mnist.pth")
+    assert re.fullmatch(r"\(8, 128\) \[(\d ?){8}\]\n", capsys.readouterr().out.splitlines(True)[-1])
+
+
 def test_the_log_in_tensorboard(snippet, tmp_path, monkeypatch):
     written = []
     writer = types.SimpleNamespace(add_scalar=lambda *entry: written.append(entry), close=lambda: None)

@@ -5,16 +5,19 @@ import json
 
 import pytest
 import torch
-from processes import ROOT, metrics_of
+from processes import ROOT, metrics_of, same
 from test_layout import STAGES as SCRIPTS
 from test_layout import flags_of, meaning
 
-from checkpoint import UserError, load_checkpoint
+import model
+from checkpoint import UserError, load_checkpoint, save_checkpoint
 from data import PICTURES, input_of
 from model import build_backbone
-from pretrained import choose_input, description, load_network, load_pretrained, network_flags
+from pretrained import choose_input, description, load_network, load_pretrained, load_twist, network_flags
 
 EVALUATIONS = [name for name in SCRIPTS if "network_flags(" in (ROOT / name).read_text()]
+TINY = dict(arch="resnet8", num_classes=3, hidden_dim=4, bunch_size=0, nbs=True, small_images=False,
+            loss="twist", seed=0, data=None, image_size=32)
 FLAGS = ("--checkpoint", "--key", "--arch", "--small-images", "--image-size", "--mean", "--std")
 
 
@@ -101,6 +104,28 @@ def test_a_bare_backbone_needs_no_arch_beside_its_description(bare, capsys):
     load_pretrained(bare, arch="resnet8", small_images=True)
     with pytest.raises(UserError, match=r"--arch resnet18: .*backbone.pth holds a resnet8; leave --arch out"):
         load_pretrained(bare, arch="resnet18")
+
+
+def test_an_arch_that_cannot_be_built_without_memory_is_read_all_the_same(tmp_path, monkeypatch):
+    """torchvision's RegNet reads numbers of tensors while it is built."""
+    monkeypatch.setattr(model, "ARCHS", (*model.ARCHS, "regnet_y_400mf"))
+    config = TINY | dict(arch="regnet_y_400mf")
+    network = model.build_network(config)
+    save_checkpoint(tmp_path / "checkpoint.pth", dict(model=network.state_dict(), config=config))
+    found, _ = load_twist(tmp_path / "checkpoint.pth")
+    assert same(found.state_dict(), network.state_dict())
+    with pytest.raises(UserError, match="--arch resnet18: .*holds a regnet_y_400mf; leave --arch out"):
+        load_twist(tmp_path / "checkpoint.pth", arch="resnet18")
+
+
+def test_a_network_with_parts_of_its_own_points_to_its_backbone(tmp_path):
+    state = dict(model.build_network(TINY).state_dict(), extra=torch.zeros(1))
+    save_checkpoint(tmp_path / "checkpoint.pth", dict(model=state, config=TINY))
+    with pytest.raises(UserError, match=r"unexpected: extra\); use another file"):
+        load_twist(tmp_path / "checkpoint.pth")
+    (tmp_path / "backbone.pth").touch()
+    with pytest.raises(UserError, match=r"unexpected: extra\); use .*backbone.pth, its backbone"):
+        load_twist(tmp_path / "checkpoint.pth")
 
 
 def test_a_stem_that_the_description_denies_is_refused(bare):

@@ -49,7 +49,7 @@ def test_simclrs_lists_class_lists_and_indices_are_read(pictures, tmp_path):
                   [f"{NAMES[i // 20]}/{NAMES[i // 20]}_{i % 20}.JPEG {NAMES[i // 20]}" for i in wanted]):
         path.write_text("\n".join(lines) + "\n\n")
         assert torch.equal(read_labels(path, pictures), wanted)
-    in_memory = ImageSet(torch.zeros(60, 1, 2, 2), pictures.labels, list(NAMES))
+    in_memory = ImageSet(torch.zeros(60, 1, 2, 2, dtype=torch.uint8), pictures.labels, list(NAMES))
     for lines in ("41\n3\n25\n0", f"41 {NAMES[2]}\n3 0\n25 1\n0 0\n"):
         path.write_text(lines)
         assert torch.equal(read_labels(path, in_memory), wanted)
@@ -95,7 +95,7 @@ def test_a_fraction_is_balanced_seeded_and_can_be_given_back(sizes, tmp_path):
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     names = [f"class {c}" for c in range(len(sizes))]                    # with a space: written as numbers
     paths = np.array([f"{i}/my {i}.png".encode() for i in range(len(labels))])
-    for dataset in (ImageSet(torch.zeros(len(labels), 1, 1, 1), labels, names),
+    for dataset in (ImageSet(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, names),
                     ImageSet(None, labels, names, paths),
                     ImageSet(None, labels, [name.replace(" ", "") for name in names], paths)):
         indices = draw_labels(dataset, 0.1, seed=1)
