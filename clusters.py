@@ -74,16 +74,21 @@ def lloyd(features, centres, iterations=300):
 
 
 def nearest_centres(features, centres, chunk=4096):
-    """(clusters [N], squared distances [N], float64, sums [K, D] of each cluster's features)."""
-    clusters, distances, sums = [], [], torch.zeros_like(centres, dtype=torch.float64)
+    """(clusters [N], squared distances [N], sums [K, D] of each cluster's features)."""
+    clusters, distances, sums = [], [], _wide(torch.zeros_like(centres))
     for part in features.split(chunk):
         scores = part @ centres.T - (centres ** 2).sum(1) / 2                     # greatest at the nearest
         ids = scores.argmax(1)
         clusters.append(ids)
-        distances.append(((part - centres[ids]) ** 2).sum(1).double())
+        distances.append(_wide(((part - centres[ids]) ** 2).sum(1)))
         # not index_add_, whose order of summation differs from run to run on a GPU
-        sums += (F.one_hot(ids, len(centres)).to(part).T @ part).double()
+        sums += _wide(F.one_hot(ids, len(centres)).to(part).T @ part)
     return torch.cat(clusters), torch.cat(distances), sums.to(centres)
+
+
+def _wide(x):
+    """x in float64, but on MPS, which has none, as it is."""
+    return x if x.device.type == "mps" else x.double()
 
 
 # ---------------------------------------------------------------- scores

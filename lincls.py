@@ -307,7 +307,7 @@ def main(args):
         optimizer.zero_grad()
         losses.sum().backward()              # a head's gradient comes from its own loss alone
         optimizer.step()
-        run.watch(losses.nan_to_num(math.inf, math.inf).min())       # so it ends only if all heads diverge
+        run.watch(losses.nan_to_num(math.inf, math.inf).min())       # the run ends only if all heads diverge
 
         if run.logging:
             losses = run.average(losses=losses)["losses"].nan_to_num(math.inf, math.inf)

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import run
 from cli import parse_args
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
@@ -264,6 +265,30 @@ def run_evaluation(monkeypatch, stage, flags, after):
     with contextlib.suppress(Enough), translate, counter:
         script.main(args)
     return counter
+
+
+def any_loader(batches, *args, batch_size=None, sampler=None, collate_fn=None, pin_memory=False, **kwargs):
+    """A DataLoader in this process, of a training stage or of eval_batches."""
+    if collate_fn is not None:
+        yield from no_workers(batches, *args or (batch_size,), collate_fn, pin_memory)
+        return
+    for step in sampler:
+        yield tree_map(lambda x: pin(x) if pin_memory and isinstance(x, torch.Tensor) else x, batches[step])
+
+
+def run_whole(monkeypatch, stage, flags):
+    """The exit code of a stage's main(), which trains, scores and ends; no checkpoint is saved."""
+    counter, translate = be_there(monkeypatch)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", any_loader)
+    monkeypatch.setattr(run.Run, "save", lambda self: None)
+    script = importlib.import_module(stage)
+    args = parse_args(script.get_parser(), shlex.split(f"{flags} --device cpu --workers 0"))
+    args.device = "cuda"
+    try:
+        with translate, counter:
+            script.main(args)
+    except SystemExit as end:
+        return end.code
 
 
 def run_stage(monkeypatch, stage, flags, steps=3, world_size=1):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_cuda import be_there, run_evaluation, run_stage
+from fake_cuda import be_there, run_evaluation, run_stage, run_whole
 from PIL import Image
 
 import data
@@ -59,6 +59,17 @@ def test_a_step_on_picture_files(stage, flags, crop_on, network, pictures, tmp_p
              f"--crop-on {crop_on} --output-dir {tmp_path}/run")
     _, step = run_stage(monkeypatch, stage, flags, steps=2)
     assert len(step["waits"]) <= 3, step["waits"]
+
+
+@pytest.mark.parametrize("source", ["files", "memory"])
+@pytest.mark.parametrize("stage, flags", [
+    ("lincls", "--epochs 2 --held-out 0.2"), ("semisup", "--epochs 2 --label-fraction 1"),
+    ("finetune", "--steps 5 --validate")])
+def test_a_whole_run_mixes_no_devices(stage, flags, source, network, pictures, tmp_path, monkeypatch):
+    """With its scores and predictions, whose numbers mean nothing here."""
+    data = f"{pictures} --image-size 16 --batch-size 4" if source == "files" else "fake --batch-size 64"
+    flags = f"--checkpoint {network} {flags} --data {data} --output-dir {tmp_path}/run"
+    assert run_whole(monkeypatch, stage, flags) == 0
 
 
 # ---------------------------------------------------------------- evaluations
