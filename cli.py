@@ -65,9 +65,10 @@ def parse_args(parser, argv=None):
     """
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = lambda line: _hyphens(_words(line, parser))
-    parser.error = lambda message: _exit(parser.prog, message + _did_you_mean(message, parser))
+    words = _hyphens(sys.argv[1:] if argv is None else argv)
+    parser.error = lambda message: _exit(parser.prog, message + _did_you_mean(message, parser, words))
     parser.add_argument("--local-rank", help=argparse.SUPPRESS)
-    args = parser.parse_args(_hyphens(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(words)
     del args.local_rank
     if getattr(args, "amp", None) == "auto":
         args.amp = half_precision() if args.device == "cuda" else "off"
@@ -89,11 +90,15 @@ def _words(line, parser):
     return list(lexer)
 
 
-def _did_you_mean(message, parser):
-    """What an error of argparse may have meant: the nearest flag, choice or file of flags."""
+def _did_you_mean(message, parser, words):
+    """What an error of argparse may have meant: another script, the nearest flag, choice or file of flags."""
     flag, choice, file = (re.search(pattern, message) for pattern in (
         r"unrecognized arguments:.*?(--[\w-]+)", r"argument (--[\w-]+): invalid choice: '(.*?)'",
         r"No such file or directory: '(.*?)'"))
+    for recipe in [Path(word[1:]) for word in words if flag and word.startswith("@")]:
+        script = re.match(r"# (\w+\.py)", recipe.read_text())
+        if script and script[1] != parser.prog and flag[1] in recipe.read_text():
+            return f"; {recipe} is for {script[1]}"
     if flag:
         shown = [name for name, action in parser._option_string_actions.items()
                  if action.help != argparse.SUPPRESS]

@@ -150,8 +150,8 @@ def main(args):
                   teacher_sha256=fingerprint(teacher))
     recipe = pick_views(args.views, config["data"], published="seed" if args.num_local else "moco")
     coarser = max(args.arch, source["arch"], key=patch_size)     # the network that needs the larger crops
-    views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        num_global=1, min_scale=args.min_scale, local_scale=args.local_scale, arch=coarser)
+    views = build_views(recipe, mean, std, size, args.local_size, args.num_local, num_global=1,
+                        min_scale=args.min_scale, local_scale=args.local_scale, arch=coarser)
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)

@@ -130,8 +130,8 @@ def main(args):
     check(args, dataset, world_size)
     size, mean, std = input_of(config)
     recipe = pick_views(args.views, config["data"], published="selflabel" if args.num_local else "barlow")
-    views = build_views(recipe, mean, std, size, args.local_size or max(1, size * 3 // 7), args.num_local,
-                        min_scale=args.min_scale, local_scale=args.local_scale, arch=config["arch"])
+    views = build_views(recipe, mean, std, size, args.local_size, args.num_local, min_scale=args.min_scale,
+                        local_scale=args.local_scale, arch=config["arch"])
     batches = Batches(dataset, args.batch_size, views, args.seed, rank, world_size, args.crop_on)
     total_steps = args.epochs * batches.steps_per_epoch
     warmup_steps = round(args.warmup_epochs * batches.steps_per_epoch)

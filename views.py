@@ -54,16 +54,19 @@ VIEWS["mnist"] = tuple(view | dict(flip=0) for view in VIEWS["fashion-mnist"])  
 VIEWS["contrast"] = tuple(view | dict(jitter=(0.8, 0.8, 0, 0)) for view in VIEWS["fashion-mnist"])
 
 
-def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=2, min_scale=0,
+def build_views(name, mean, std, size, local_size=0, num_local=0, num_global=2, min_scale=0,
                 local_scale=None, arch=""):
     """The V = num_global + num_local views of a recipe in VIEWS, as a `Views`.
 
-    size, local_size: pixels of the crops. min_scale: smallest share of the area in a global crop; 0: that of
-    the recipe. local_scale: smallest and largest share in a local crop; None: those of the recipe. arch: the
-    network that they are for. Raises UserError for shares outside 0..1, if the recipe has no local crops, or
-    if a crop is too small for the network.
+    size, local_size: pixels of the crops; 0: a local one has 3/7 of a global one's. min_scale: smallest share
+    of the area in a global crop; 0: that of the recipe. local_scale: smallest and largest share in a local
+    crop; None: those of the recipe. arch: the network that they are for. Raises UserError for shares outside
+    0..1, if there are no local crops to which a setting belongs, or if a crop is too small for the network.
     """
-    recipe = VIEWS[name]
+    if num_local == 0 and (local_size or local_scale):
+        raise UserError(f"--local-{'size' if local_size else 'scale'}: there are no local crops; --num-local "
+                        "makes some")
+    recipe, local_size = VIEWS[name], local_size or max(1, size * 3 // 7)
     smallest = min(size, local_size) if num_local > 0 else size
     if smallest < patch_size(arch):
         raise UserError(f"--image-size, --local-size: {arch} has patches of {patch_size(arch)}, a crop "
@@ -74,8 +77,6 @@ def build_views(name, mean, std, size, local_size=None, num_local=0, num_global=
         raise UserError(f"--min-scale {min_scale}: must be at most 1, the whole picture")
     if local_scale and not 0 < local_scale[0] <= local_scale[1] <= 1:
         raise UserError("--local-scale: must be two shares of the area, ascending, above 0 and at most 1")
-    if local_scale and num_local == 0:
-        raise UserError("--local-scale: there are no local crops; --num-local makes some")
     changed = {"scale": (min_scale, 1)} if min_scale else {}
     changed_local = {"scale": tuple(local_scale)} if local_scale else {}
     views = [(size, recipe[v] | changed) for v in range(num_global)]

@@ -273,6 +273,7 @@ def test_flags_that_parse_args_resolves(monkeypatch):
     ("--output-dir my pictures", "arguments: pictures; a value with spaces or braces stands in quotes"),
     ("--arch resnet51", "'vit_s'); did you mean resnet50?"),
     ("--arch=x", "; toy.py --help lists what there is"),
+    ("@recipes/fashion_mnist_barlow.txt", "; recipes/fashion_mnist_barlow.txt is for barlow.py"),
     ("@recipes/resnet50_twoviews.txt", "did you mean @recipes/resnet50_two_views.txt?"),
     ("@resnet50_two_views.txt", "did you mean @recipes/resnet50_two_views.txt?"),
     ("@nowhere.txt", "nowhere.txt"), ("@{quote}", "--output-dir it's: a quote is not closed")])

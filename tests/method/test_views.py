@@ -239,7 +239,7 @@ def test_views_of_one_size_are_made_together():
 def test_recipes_are_the_published_ones():
     for name, published in PUBLISHED.items():
         num_local = 12 if len(published) == 3 else 0
-        views = build_views(name, (0.5,), (0.25,), 224, 96, num_local)
+        views = build_views(name, (0.5,), (0.25,), 224, 0, num_local)
         flat = []
         for view, first, end in views.groups:
             flat += [view] * (end - first)
@@ -276,6 +276,9 @@ def test_local_scale_changes_the_local_crops_only():
             build_views("multicrop", (0.5,), (0.25,), 224, 96, 2, local_scale=local_scale)
     with pytest.raises(UserError, match="--local-scale: there are no local crops"):
         build_views("multicrop", (0.5,), (0.25,), 224, local_scale=[0.1, 0.3])
+    with pytest.raises(UserError, match="--local-size: there are no local crops"):
+        build_views("multicrop", (0.5,), (0.25,), 224, 96)
+    assert build_views("multicrop", (0.5,), (0.25,), 224, num_local=1).groups[-1][0].size == 96
 
 
 @pytest.mark.parametrize("arch, patch", [("vit_t", 16), ("vit_t8", 8)])

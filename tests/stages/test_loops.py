@@ -34,7 +34,7 @@ def cosine(step, total, start, end):
 def batches_of(config, num_local=1, recipe="multicrop", **options):
     """(batches, views) of a run on `fake`."""
     size, mean, std = input_of(config)
-    views = build_views(recipe, mean, std, size, 8, num_local, **options)
+    views = build_views(recipe, mean, std, size, 8 * (num_local > 0), num_local, **options)
     return Batches(build_dataset("fake", "pretrain"), 64, views, seed=0), views
 
 

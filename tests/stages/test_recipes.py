@@ -98,14 +98,14 @@ OURS = {"fashion_mnist", "fashion_mnist_barlow", "fashion_mnist_teacher", "fashi
         "fashion_mnist_representation", "fashion_mnist_selflabel", "fashion_mnist_lincls",
         "fashion_mnist_semisup_1", "fashion_mnist_semisup_10", "cifar10", "stl10"}
 SMALL = {       # what makes a stage small enough for a test, and 512 pictures two steps
-    "pretrain": "--data fake --image-size 16 --local-size 16 --hidden-dim 16 --bunch-size 0 --batch-size 256 "
-                "--epochs 1 --warmup-epochs 1 --knn-every 0 --amp off",
+    "pretrain": "--data fake --image-size 16 --hidden-dim 16 --bunch-size 0 --batch-size 256 --epochs 1 "
+                "--warmup-epochs 1 --knn-every 0 --amp off",
     "barlow": "--data fake --image-size 16 --hidden-dim 16 --batch-size 256 --epochs 1 --warmup-epochs 1 "
               "--knn-every 0 --amp off",
     "selflabel": "--local-size 16 --num-local 2 --batch-size 256 --bunch-size 0 --epochs 1 --amp off",
     "lincls": "--batch-size 230 --epochs 1",        # a tenth may be held out
-    "distill": "--arch resnet8 --teacher-arch resnet8 --image-size 16 --local-size 8 --batch-size 256 "
-               "--queue-size 256 --epochs 1 --warmup-epochs 0 --amp off",
+    "distill": "--arch resnet8 --teacher-arch resnet8 --image-size 16 --batch-size 256 --queue-size 256 "
+               "--epochs 1 --warmup-epochs 0 --amp off",
     "semisup": "--label-fraction 0.5 --batch-size 128 --epochs 1",
     "finetune": "--data fake --lrs 0.1 --weight-decays 0 --steps 2 --batch-size 64",
 }
@@ -168,7 +168,8 @@ def test_two_steps(recipe, here, networks, tmp_path):
     stage, arch = stage_of(recipe), "vit_t" if recipe.startswith("vit") else "resnet8"
     command = f"{stage}.py @{RECIPES[recipe]} {SMALL[stage]} --output-dir {tmp_path}"
     if stage in ("pretrain", "distill"):
-        command += f" --num-local {min(1, parsed(recipe).num_local)}"
+        num_local = min(1, parsed(recipe).num_local)
+        command += f" --num-local {num_local} --local-size {16 * num_local}"
     if stage in ("pretrain", "barlow"):
         command += f" --arch {arch}" + " --num-classes 12" * (stage == "pretrain")
     else:
