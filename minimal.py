@@ -77,7 +77,7 @@ def build_network():
         nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(),
         nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(),
         nn.Linear(512, CLASSES),
-        nn.BatchNorm1d(CLASSES, affine=False))       # NBS: no class can win for all images, or for none
+        nn.BatchNorm1d(CLASSES, affine=False))       # NBS: no class can win for all images
 
 
 def twist_loss(z1, z2):

@@ -12,7 +12,7 @@
 # | 4 | NBS, the batch norm before the softmax | 15 |
 # | 5 and 6 | views and training | 30 |
 # | 7 | matching of clusters to classes, ACC and NMI | 20 |
-# | 8 and 9 | self-labelling, exercises | 20 |
+# | 8 to 10 | features, self-labelling, exercises | 20 |
 #
 # All cells together take about three minutes of one slow CPU core. A GPU is not needed.
 # `docs/make_walkthrough.py` makes this file from `docs/walkthrough.py`.
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from cluster_eval import evaluate
 from data import FASHION_MNIST_CLASSES, Batches, build_dataset, eval_batches, input_of
+from knn import knn_predict, whiten
 from loss import anchors, self_label_loss, twist_loss
 from model import BatchNorm, Twist
 from optim import param_groups, warmup_cosine
@@ -49,16 +50,16 @@ plt.rcParams.update({"figure.dpi": 64, "font.size": 9, "figure.constrained_layou
 # The network ends in $C$ numbers for each image $i$, the logits $z_{ic}$. The softmax makes a distribution
 # over classes from them:
 #
-# $$P_{ic} = \frac{e^{z_{ic}}}{\sum_{k} e^{z_{ik}}}$$
+# $$P_{ic} = \frac{e^{z_{ic}}}{\sum_{c'} e^{z_{ic'}}}$$
 #
 # Its entropy tells how undecided it is: 0 if one class has all the probability, $\ln C$ if all have the
-# same.
+# same. With the natural logarithm its unit is the *nat* (1 nat is 1.44 bits).
 #
 # $$H(P) = -\sum_c P_c \ln P_c$$
 
 # %%
 def H(P):
-    return -(P * P.log()).sum(-1)
+    return torch.special.entr(P).sum(-1)                       # entr(p) is -p ln p, and 0 for p = 0
 
 z = torch.tensor([[0.0, 0, 0, 0], [1, 3, 0, 1], [0, 0, 9, 0]])                    # 3 images, C = 4
 P = z.softmax(-1)
@@ -79,12 +80,15 @@ print(f"ln 4 = {np.log(4):.3f}")
 #
 # $$KL(P \| Q) = \sum_c P_c \left( \ln P_c - \ln Q_c \right)$$
 #
+# It is never negative, it is 0 only for equal distributions, and its two directions differ, so the loss takes
+# both.
+#
 # The loss has three terms, for a batch of $B$ images with two views each:
 #
 # $$\mathcal{L} = \underbrace{\tfrac12 \tfrac1B \sum_i
 # \left[ KL(P^1_i \| P^2_i) + KL(P^2_i \| P^1_i) \right]}_{\text{consistency}}
-# + \alpha \underbrace{\tfrac12 \sum_k \tfrac1B \sum_i H(P^k_i)}_{\text{sharpness}}
-# - \beta \underbrace{\tfrac12 \sum_k H\!\left(\tfrac1B \sum_i P^k_i\right)}_{\text{diversity}}$$
+# + \alpha \underbrace{\tfrac12 \sum_v \tfrac1B \sum_i H(P^v_i)}_{\text{sharpness}}
+# - \beta \underbrace{\tfrac12 \sum_v H\!\left(\tfrac1B \sum_i P^v_i\right)}_{\text{diversity}}$$
 #
 # *Consistency*: the views of an image agree. *Sharpness*: each image falls into one class. *Diversity*: the
 # batch covers all classes. Mind where the mean over the batch stands in the last two terms: outside the
@@ -113,8 +117,11 @@ for name, value in ours._asdict().items():
 #
 # A network may satisfy two of the terms and learn nothing. If *every output is uniform*, the views agree
 # and the batch is diverse, but no image is sharp. If *all images are in one class*, the views agree and
-# every image is sharp, but the batch is not diverse. In both cases the loss is 0. Its minimum, $-\ln C$,
-# needs all three: each image in one class, each class with the same share.
+# every image is sharp, but the batch is not diverse. In both cases the loss is 0: whenever all images have
+# one distribution $P$, sharpness and diversity are both $H(P)$. What diversity has more than sharpness is
+# the *mutual information* of image and class: how many nats the class tells about the image. So with
+# $\alpha = \beta = 1$ the loss is consistency minus this information. Its minimum, $-\ln C$, needs all three
+# terms: each image in one class, each class with the same share.
 
 # %%
 classes = torch.arange(20) % 10                                                   # of 20 images
@@ -141,6 +148,9 @@ plt.show()
 #
 # $$\hat z_{ic} = \frac{z_{ic} - \mu_c}{\sigma_c} \qquad \mu_c = \tfrac1B \sum_i z_{ic}
 # \qquad \sigma_c^2 = \tfrac1B \sum_i (z_{ic} - \mu_c)^2$$
+#
+# In training both views go through it together, so the sums run over $2B$ outputs. In evaluation it takes
+# running means, so the class of a picture does not depend on the others.
 
 # %%
 torch.manual_seed(1)
@@ -149,13 +159,14 @@ by_hand = (z - z.mean(0)) / z.var(0, unbiased=False).sqrt()
 nbs = BatchNorm(10, affine=False)
 torch.testing.assert_close(nbs(z), by_hand, atol=1e-4, rtol=0)
 for scale in (1, 10, 100):
-    without, with_nbs = (H((x.softmax(-1)).clamp_min(1e-30)).mean() for x in (scale * z, nbs(scale * z)))
+    without, with_nbs = (H(x.softmax(-1)).mean() for x in (scale * z, nbs(scale * z)))
     print(f"logits × {scale:<4} sharpness without NBS {without:.3f}, with NBS {with_nbs:.3f}")
 
 # %% [markdown]
-# So an output can be only so sharp. Take $C$ balanced classes, each image in one of them. The logits of a
-# class are high for one image in $C$ and alike for all others. With mean 0 and variance 1 they are $h$
-# there and $-1/h$ elsewhere. This gives the bound for the sharpness (`pictures.sharpest_with_nbs`):
+# So outputs cannot all be sharp (one image may be: among $B$ images a logit can reach $\sqrt{B - 1}$). Take
+# $C$ balanced classes, each image in one of them. The logits of a class are high for one image in $C$ and
+# alike for all others. With mean 0 and variance 1 they are $h$ there and $-1/h$ elsewhere. This gives the
+# bound for the sharpness, a mean over images (`pictures.sharpest_with_nbs`):
 #
 # $$H_{\min} = \ln(1 + r) + \frac{r}{1 + r} \left( h + \tfrac1h \right) \qquad h = \sqrt{C - 1}
 # \qquad r = (C - 1)\, e^{-h - 1/h}$$
@@ -184,9 +195,10 @@ print(f"with NBS: sharpness {lowest.sharpness:.3f}, bound {sharpest_with_nbs(10)
 # %% [markdown]
 # ## 5. Views of one image
 #
-# What should *not* change the class? That is the only knowledge we put in: a crop of at least 55 % of the
-# area, a flip, another brightness and contrast. Here is one image and twelve of its views. Training gives
-# the network two of them at a time.
+# What should *not* change the class? A crop of at least 55 % of the area, a flip, another brightness and
+# contrast. That is most of what we put in; the rest is the number of classes, that they are about equally
+# large, and settings that were chosen on labelled images. Here is one image and twelve of its views.
+# Training gives the network two of them at a time.
 
 # %%
 config = {"data": "fashion-mnist", "image_size": 20}           # 20 of the 28 pixels: half the time
@@ -202,20 +214,22 @@ pairs = torch.stack(views(same, uniforms))                                      
 black, white = (0 - mean[0]) / std[0], (1 - mean[0]) / std[0]
 figure, grid = plt.subplots(2, 7, figsize=(8, 2.7))
 for row in range(2):
-    grid[row, 0].imshow(same[0, 0], cmap="gray")
-    grid[row, 0].set_ylabel(f"view {row + 1}")
+    grid[row, 1].set_ylabel(f"view {row + 1}")
     for i in range(6):
         grid[row, i + 1].imshow(pairs[row, i, 0], cmap="gray", vmin=black, vmax=white)
 for axes in grid.flat:
     axes.set(xticks=[], yticks=[])
+grid[0, 0].imshow(same[0, 0], cmap="gray")
 grid[0, 0].set_title("the image")
-figure.suptitle("Each column is a pair that a step of training could see")
+grid[1, 0].axis("off")
+figure.suptitle("Each other column is a pair that a step of training could see")
 plt.show()
 
 # %% [markdown]
 # ## 6. One epoch of training
 #
-# The network is a small ResNet with a projection head and NBS. Training is 468 steps with 128 images each,
+# The network is a small ResNet (the *backbone*, which gives 128 features), a *projection head* of three
+# linear layers, which ends in the ten logits, and NBS. Training is 468 steps with 128 images each,
 # about two minutes of one CPU core. (`pretrain.py` trains for 1,872 steps. It starts four networks; the one
 # that agrees most with the others goes on.) After each quarter, `look` shows for each class the ten test
 # images that the network is surest of. Names and scores use the true labels; the training never sees them.
@@ -224,7 +238,7 @@ plt.show()
 def look(network, when):
     """Scores the network's classes on test images and shows the surest images of each."""
     _, P = predict(network, eval_batches(test, config, "cpu"))                    # numpy [N, C]
-    network.train()
+    network.train()                                            # predict left it in evaluation mode
     found = P.argmax(1)
     scores = evaluate(test.labels.numpy(), found, P)
     print(f"{when}: ACC {scores['acc']:.3f}, NMI {scores['nmi']:.3f}")
@@ -234,7 +248,7 @@ def look(network, when):
         surest = np.argsort(-np.where(found == k, P[:, k], -1))[:min(10, (found == k).sum())]
         for column, i in enumerate(surest):
             picture[28 * row:28 * row + 28, 28 * column:28 * column + 28] = test.images[i, 0]
-    figure, axes = plt.subplots(figsize=(5, 4))
+    figure, axes = plt.subplots(figsize=(7, 6))
     axes.imshow(picture, cmap="gray")
     axes.set(title=f"{when}: ACC {scores['acc']:.2f}", xlabel="the surest images, from the left", xticks=[],
              yticks=np.arange(14, 280, 28), ylabel="found class, with the name it is matched to")
@@ -269,8 +283,8 @@ right.plot(totals, color="black", label="loss")
 right.axhline(0, color="tab:red", linewidth=1, label="collapse")
 right.axhline(sharpest_with_nbs(10) - np.log(10), color="0.6", linewidth=1, label="bound with NBS")
 right.set(xlabel="step", ylabel="nats", title="consistency + sharpness − diversity")
-left.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.28))
-right.legend(fontsize=7)
+left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.28))
+right.legend(fontsize=8)
 plt.show()
 print("last ten steps: loss {:.2f}, consistency {:.2f}, sharpness {:.2f}, diversity {:.2f}".format(
     *np.mean(history[-10:], axis=0)))
@@ -283,8 +297,9 @@ print("last ten steps: loss {:.2f}, consistency {:.2f}, sharpness {:.2f}, divers
 # ## 7. Matching and the metrics, by hand
 #
 # Cluster 4 may be full of dresses, but the network does not know the word. To score it, clusters are
-# matched to classes one to one, so that most images are in the class of their cluster. With $n_{kc}$ images
-# of class $c$ in cluster $k$, and permutations $\pi$ of the classes:
+# matched to classes one to one, so that as many images as possible are in the class of their cluster. ACC,
+# the accuracy of the clustering, is their share. With $n_{kc}$ images of class $c$ in cluster $k$, and
+# permutations $\pi$ of the classes:
 #
 # $$\mathrm{ACC} = \max_{\pi} \tfrac1N \sum_k n_{k \pi(k)}$$
 #
@@ -304,15 +319,16 @@ print(f"ACC = {acc:.4f}; if each cluster took its most frequent class: {n.max(1)
 
 # %% [markdown]
 # The second number ignores that two clusters took the same class. It reaches 1 if every image is a cluster
-# of its own, so it rewards many clusters. NMI needs no matching. It asks how much the cluster $U$ tells
-# about the class $Y$, as a share of what there is to tell:
+# of its own, so it rewards many clusters. NMI, the normalised mutual information, needs no matching. It
+# asks how much the cluster $U$ tells about the class $Y$, that is their mutual information $I$, as a share of
+# what there is to tell; $H(U, Y)$ is the entropy of the pairs:
 #
 # $$\mathrm{NMI} = \frac{2\, I(U; Y)}{H(U) + H(Y)} \qquad I(U; Y) = H(U) + H(Y) - H(U, Y)$$
 
 # %%
 joint = torch.tensor(n / N)
 H_U, H_Y = H(joint.sum(1)), H(joint.sum(0))
-H_UY = -(joint[joint > 0] * joint[joint > 0].log()).sum()                         # 0 · ln 0 is 0
+H_UY = H(joint.flatten())
 nmi = 2 * (H_U + H_Y - H_UY) / (H_U + H_Y)
 print(f"H(U) {H_U:.4f}, H(Y) {H_Y:.4f}, H(U, Y) {H_UY:.4f}, NMI {nmi:.4f}")
 
@@ -322,11 +338,38 @@ assert scores["acc"] == acc and abs(scores["nmi"] - nmi) < 1e-12
 print("cluster_eval.evaluate: ACC {acc:.4f}, many-to-one {acc_majority:.4f}, NMI {nmi:.4f}".format(**scores))
 
 # %% [markdown]
-# ## 8. Self-labelling
+# `cluster_eval.py` prints two more. AMI is NMI less what random clusters reach. ARI asks of all pairs of
+# images whether both partitions put them together or both apart; random clusters have 0, too.
 #
-# The second stage of TWIST learns from the network's own answers. Of the two views of an image, the more
-# certain one, $a_i$, gives a label $y_i$, its likeliest class. The other views are trained towards it, but
-# only for the set $S$ of images whose certainty is above a threshold, here the median of the batch:
+# ## 8. What the features are worth
+#
+# The logits are ten numbers; the 128 features before the projection head may tell more. Twenty labelled
+# images whose features point in the most similar direction vote for the class of a test image. *Whitened*
+# features have the same variance in all directions, so that the few in which the ten classes differ do not
+# decide alone.
+
+# %% [trained]
+labelled = build_dataset("fashion-mnist", "train").subset(slice(0, 60000, 6))                   # 10,000
+pixels = [part.images.flatten(1).float() for part in (labelled, test)]
+features = [torch.from_numpy(predict(network, eval_batches(part, config, "cpu"))[0])
+            for part in (labelled, test)]
+network.train()
+for name, (x, x_test) in (("pixels", pixels), ("features", features)):
+    for how, pair in (("as they are", (x, x_test)), ("whitened", whiten(x, x_test))):
+        votes = knn_predict(pair[0], labelled.labels, pair[1], k=20, temperature=0.07, num_classes=10)
+        accuracy = (votes.argmax(1) == test.labels).float().mean()
+        print(f"{name} {how}: 20-NN accuracy {accuracy:.3f}")
+
+# %% [markdown]
+# These pictures are small and aligned, so their pixels are good neighbours already; of photographs they are
+# not. [docs/benchmarks.md](docs/benchmarks.md) has features of longer trainings.
+#
+# ## 9. Self-labelling
+#
+# The second stage of TWIST learns from the network's own answers. The *confidence* of a view is its largest
+# probability. Of the two views of an image, the more confident one, $a_i$, gives a label $y_i$, its likeliest
+# class. The other views are trained towards it by cross-entropy, but only for the set $S$ of images whose
+# confidence is above a threshold, here the median of the batch:
 #
 # $$\mathcal{L}_{\text{self}} = \frac{1}{|S| (V - 1)} \sum_{i \in S} \sum_{v \neq a_i} -\ln P^v_{i y_i}$$
 
@@ -361,8 +404,8 @@ plt.show()
 
 # %% [markdown]
 # Sixty steps of it change little: the scores are those of 2,000 images, so differences below 0.02 mean
-# nothing, and NBS bounds the confidence. `selflabel.py` takes 468 steps after a full training. It raised ACC
-# from 0.731 to 0.733 (means of five seeds, [measurements](docs/benchmarks.md)).
+# nothing, and NBS keeps the mean confidence low (part 4). `selflabel.py` takes 468 steps after a full
+# training. It raised ACC from 0.731 to 0.733 (means of five seeds, [measurements](docs/benchmarks.md)).
 
 # %% [trained]
 optimizer = torch.optim.AdamW(param_groups(network, weight_decay=1e-4), lr=0.0, betas=(0.9, 0.99))
@@ -381,7 +424,7 @@ with torch.no_grad():
 print(f"mean confidence in the batch above: {confidence.mean():.2f}, now {after.mean():.2f}")
 
 # %% [markdown]
-# ## 9. Exercises
+# ## 10. Exercises
 #
 # **1.** Why is the loss with $\alpha = \beta = 1$ never below $-\ln C$? When is it equal?
 #
@@ -402,10 +445,11 @@ print(f"mean confidence in the batch above: {confidence.mean():.2f}, now {after.
 #
 # <details><summary>Answer</summary>
 #
-# Without diversity the easiest way to be sharp and consistent is *one class*. Without sharpness it is
-# *uniform*. NBS stands in the way of *one class*: the logits of a class have mean 0, so it cannot be likely
-# for all images. It does not stand in the way of *uniform*: the logits of an image may be equal for all
-# classes.
+# Without diversity nothing keeps classes in use, and few stay; *one class* is the extreme. The code below
+# leaves two: diversity 0.69 is $\ln 2$. With NBS all stay: if one class had the largest logit for every
+# image, its mean would be above the others', but all means are 0. Without sharpness outputs become
+# *uniform*, with NBS and without: the logits of an image may be equal for all classes. (Balanced, sharp
+# classes would have the same loss, $-\ln C$. Uniform outputs agree from the start.)
 #
 # ```python
 # for (alpha, beta), nbs in itertools.product([(1, 0), (0, 1)], [False, True]):
@@ -424,13 +468,14 @@ print(f"mean confidence in the batch above: {confidence.mean():.2f}, now {after.
 #
 # </details>
 #
-# **3.** How sharp can an output be with 4,096 classes and NBS? What is the probability of the likeliest
-# class?
+# **3.** How sharp can outputs be with 4,096 balanced classes and NBS over at least as many images? What is
+# the probability of the likeliest class?
 #
 # <details><summary>Answer</summary>
 #
-# Practically 0 nats: with that many classes the logit of the right one may be 64 above the others. The
-# bound matters for few classes only.
+# Practically 0 nats: with that many classes the logit of the right one may be 64 above the others, and its
+# probability is 1.0000 (0.996 with 100 classes, 0.757 with 10, 0.807 with 3). The bound matters for few
+# classes only.
 #
 # ```python
 # for C in (3, 10, 100, 4096):
@@ -441,20 +486,24 @@ print(f"mean confidence in the batch above: {confidence.mean():.2f}, now {after.
 #
 # </details>
 #
-# **4.** Write the two divergences of a pair as one product. Why are 14 views, with 25 pairs, then as cheap
-# as 14 softmaxes?
+# **4.** *Multi-crop* has two large views (*global*) and twelve small ones (*local*). Each global view is in a
+# pair with every later view: 13 + 12 = 25 pairs. Write the two divergences of a pair as one product. How is
+# the sum over all pairs had without forming one?
 #
 # <details><summary>Answer</summary>
 #
 # $$KL(P \| Q) + KL(Q \| P) = \sum_c (P_c - Q_c) (\ln P_c - \ln Q_c)$$
 #
-# Multiplied out, two terms are minus entropies of one view alone, and two have a factor of each view. The
-# sum of the latter over pairs is a product of two sums over views. So `loss.twist_loss` forms no pair.
+# Multiplied out, two terms are minus entropies of one view alone, and two have a factor of each view. Summed
+# over pairs, these are products of sums over views: $\sum_g P_g$ times $\sum_g \ln P_g + \sum_l \ln P_l$, and
+# $\sum_l P_l$ times $\sum_g \ln P_g$, with global views $g$ and local views $l$, less $\sum_g P_g \ln P_g$,
+# since no view is in a pair with itself. So `loss.twist_loss` forms no pair.
 #
 # </details>
 #
-# **5.** Let a network find the three classes of part 7 without a mistake, but split class 0 into two
-# clusters of four images. What are ACC, many-to-one accuracy and NMI?
+# **5.** Three classes have eight images each. A network finds them without a mistake, but splits class 0 into
+# two clusters of four. So there is a cluster more than classes, which stays unmatched. What are ACC,
+# many-to-one accuracy and NMI?
 #
 # <details><summary>Answer</summary>
 #

@@ -95,7 +95,7 @@ def architecture():
              arrow(f"104,174 130,174 130,{bottom} 156,{bottom}"),
              box(276, 44, 354, 236), text(453, 300, "one network, the same weights for both views", 13, GRAY)]
     for x, width, name, what in ((288, 88, "backbone", "features"), (388, 68, "head", "logits"),
-                                 (468, 64, "NBS", "bounded"), (544, 74, "softmax", "")):
+                                 (468, 64, "NBS", "mean 0"), (544, 74, "softmax", "")):
         parts += [box(x, 60, width, 204, PAPER), text(x + width / 2, 158, name, weight="bold")]
         if what:
             parts.append(text(x + width / 2, 178, what, 12, GRAY))

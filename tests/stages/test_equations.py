@@ -178,13 +178,13 @@ def check_nmi():
 # ---------------------------------------------------------------- the pages
 UNDERBRACED = r"""
     \mathcal{L} = \underbrace{\tfrac12 \tfrac1B \sum_i \left[ KL(P^1_i \| P^2_i) + KL(P^2_i \| P^1_i) \right]
-    }_{\text{consistency}} + \alpha \underbrace{\tfrac12 \sum_k \tfrac1B \sum_i H(P^k_i)}_{\text{sharpness}}
-    - \beta \underbrace{\tfrac12 \sum_k H\!\left(\tfrac1B \sum_i P^k_i\right)}_{\text{diversity}}"""
+    }_{\text{consistency}} + \alpha \underbrace{\tfrac12 \sum_v \tfrac1B \sum_i H(P^v_i)}_{\text{sharpness}}
+    - \beta \underbrace{\tfrac12 \sum_v H\!\left(\tfrac1B \sum_i P^v_i\right)}_{\text{diversity}}"""
 EQUATIONS = {
     "README.md": [(r"""
         \mathcal{L} = \tfrac12 \tfrac1B \sum_i \left[ KL(P^1_i \| P^2_i) + KL(P^2_i \| P^1_i) \right]
-        + \alpha \tfrac12 \sum_k \tfrac1B \sum_i H(P^k_i)
-        - \beta \tfrac12 \sum_k H\!\left(\tfrac1B \sum_i P^k_i\right)""", check_twist)],
+        + \alpha \tfrac12 \sum_v \tfrac1B \sum_i H(P^v_i)
+        - \beta \tfrac12 \sum_v H\!\left(\tfrac1B \sum_i P^v_i\right)""", check_twist)],
     "docs/method.md": [
         (UNDERBRACED, check_twist),
         (r"KL(p \| q) + KL(q \| p) = (p - q) \cdot (\log p - \log q)", check_symmetric_kl),
@@ -196,7 +196,7 @@ EQUATIONS = {
             \qquad P^s_b = \mathrm{softmax}\left(\tfrac{1}{T_s} [s_b \cdot t_b,\, s_b \cdot q_1,\,
             \ldots]\right)""", check_seed)],
     "the walkthrough": [
-        (r"P_{ic} = \frac{e^{z_{ic}}}{\sum_{k} e^{z_{ik}}}", check_softmax),
+        (r"P_{ic} = \frac{e^{z_{ic}}}{\sum_{c'} e^{z_{ic'}}}", check_softmax),
         (r"H(P) = -\sum_c P_c \ln P_c", check_entropy),
         (r"KL(P \| Q) = \sum_c P_c \left( \ln P_c - \ln Q_c \right)", check_kl),
         (UNDERBRACED, check_twist),
