@@ -596,7 +596,8 @@ class CentreCrops(torch.utils.data.Dataset):
 def eval_batches(dataset, config, device, batch_size=512, workers=0, crop_class=CentreCrops):
     """Yields all images in their order, as inputs [B, 3, size, size] of the network trained with `config`.
 
-    Nothing is augmented: files are cut by crop_class, images in memory resized if the network's size differs.
+    Nothing is augmented: files are cut by crop_class, images in memory resized if the network's size differs,
+    and to config["resize_side"] if it names one, of which the middle is taken.
     Broken files are left out; those that were yielded are dataset.readable() afterwards. No batch waits for a
     CUDA device: files come from pinned memory, images in memory are copied there once.
     """
@@ -615,8 +616,11 @@ def eval_batches(dataset, config, device, batch_size=512, workers=0, crop_class=
         if len(images) == 0:                      # nothing in it can be read
             continue
         images = images.to(device, non_blocking=on_cuda).float() / 255
-        if images.shape[2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode=interpolation, antialias=True).clamp_(0, 1)
+        side = size if dataset.images is None else config.get("resize_side") or size
+        if images.shape[2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode=interpolation, antialias=True).clamp_(0, 1)
+        margin = (side - size) // 2
+        images = images[:, :, margin:margin + size, margin:margin + size]
         yield normalize(images, mean, std)
     if len(dataset) and not dataset.is_readable.any():
         raise UserError(f"--data: none of the {len(dataset):,} pictures can be read; is --data right?")

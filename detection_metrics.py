@@ -178,10 +178,13 @@ def coco_numbers(annotations, entries, kind):
     """COCO's twelve numbers, {name: number}; -1: no such objects. annotations: a file; kind: bbox or segm."""
     if not entries:
         return dict.fromkeys(COCO_NUMBERS, 0.0)
-    tools = coco_tools()
+    tools, entries = coco_tools(), copy.deepcopy(entries)
+    if kind == "segm":                   # else objects are small or large by their boxes, not by their masks
+        for entry in entries:
+            del entry["bbox"]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = tools.COCO(annotations)
-        evaluation = tools.COCOeval_faster(truth, truth.loadRes(copy.deepcopy(entries)), kind)
+        evaluation = tools.COCOeval_faster(truth, truth.loadRes(entries), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

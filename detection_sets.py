@@ -208,12 +208,14 @@ def read_coco(root, source, part, masks):
                 continue
             x, y, width, height = map(float, item["bbox"])
             box = (x, y, x + width, y + height)
-            objects[item["image_id"]].append((box, label_of[item["category_id"]], False))
             if masks and width > 0 and height > 0:
-                rings = item["segmentation"]
-                if not isinstance(rings, list) or {*map(is_ring, rings)} != {True}:
+                if not isinstance(item["segmentation"], list):
                     raise ValueError(f"annotation {item['id']} has no polygon")
+                rings = list(filter(is_ring, item["segmentation"]))
+                if not rings:                    # as in detectron2: nothing to learn a mask from
+                    continue
                 polygons[item["image_id"]].append(rings)
+            objects[item["image_id"]].append((box, label_of[item["category_id"]], False))
         rows = []
         for picture in sorted(content["images"], key=lambda item: item["id"]):
             name = picture["file_name"]

@@ -71,7 +71,7 @@ def get_parser():
     add("--min-scale", type=at_least(0, float), default=0.4, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--resize-side", type=at_least(0), default=0,
-        help="shorter side of a picture file whose middle is scored; 0: 256/224 of the network's input")
+        help="side of a picture whose middle is scored; 0: that of the input, for files times 256/224")
     folder_flags(parser, crops=True)
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=at_least(1), default=1000, help="training steps")

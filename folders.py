@@ -84,7 +84,7 @@ def find_pictures(data, train):
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); may you read it?"
                         ) from None
     paths, labels, names = found[wanted]
-    stem = re.match("train|val|test", parts[wanted][0].name)[0]
+    stem = re.search("train|val|test", parts[wanted][0].name)[0]
     called = {"train": "training", "val": "validation", "test": "test"}[stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
@@ -99,10 +99,12 @@ def find_pictures(data, train):
 
 def _part(folder, name):
     """[the folder or the list of that name in a folder], or its shards named so; [] if there are none."""
-    for part in (folder / name, folder / f"{name}.txt"):
+    names = (name, "validation") if name == "val" else (name,)
+    for part in [folder / f"{name}{ending}" for name in names for ending in ("", ".txt")]:
         if part.exists():
             return [part]
-    return sorted(folder.glob(f"{name}-*.tar"))
+    word = re.compile(rf"(^|[-_.])({'|'.join(names)})[-_.]")       # as in imagenet1k-validation-00.tar
+    return sorted(path for path in folder.glob("*.tar") if word.search(path.name))
 
 
 def _scan(folder, known=()):
@@ -265,8 +267,12 @@ def read_picture(path, decoder=None):
             raise ValueError("not a regular file")         # opening a pipe would wait for its other end
         with (open(path, "rb") if packed is None else io.BytesIO(packed)) as file, \
                 Image.open(file, formats=FORMATS) as image:
-            if (decoder and image.format == "JPEG" and image.mode in ("RGB", "L")
-                    and image.getexif().get(ExifTags.Base.Orientation, 1) == 1):
+            orientation = 1
+            if image.format == "JPEG":                     # malformed EXIF costs no picture
+                with suppress(Exception):
+                    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                image.info.pop("exif", None)               # Pillow would write it anew, and may fail
+            if decoder and image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1:
                 file.seek(0)
                 with suppress(ValueError, RuntimeError):
                     return jpeg_decoder(decoder)(file.read())

@@ -93,7 +93,7 @@ def read_pets(root, part, seed):
 def read_caltech101(root, part, seed):
     """All 102 folders are classes, the background, too. 30 images of each, drawn by the seed, are to train.
 
-    There is no official division, and the published draws are unknown.
+    There is no official division, and the draws of SimCLR and BYOL are unknown.
     """
     root, pairs = f"{root}/caltech101/101_ObjectCategories", []
     for c, name in enumerate(sorted(os.listdir(root))):

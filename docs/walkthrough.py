@@ -248,7 +248,7 @@ def look(network, when):
         surest = np.argsort(-np.where(found == k, P[:, k], -1))[:min(10, (found == k).sum())]
         for column, i in enumerate(surest):
             picture[28 * row:28 * row + 28, 28 * column:28 * column + 28] = test.images[i, 0]
-    figure, axes = plt.subplots(figsize=(7, 6))
+    figure, axes = plt.subplots(figsize=(6, 5))
     axes.imshow(picture, cmap="gray")
     axes.set(title=f"{when}: ACC {scores['acc']:.2f}", xlabel="the surest images, from the left", xticks=[],
              yticks=np.arange(14, 280, 28), ylabel="found class, with the name it is matched to")

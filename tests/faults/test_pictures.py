@@ -133,6 +133,10 @@ ODD = {                                           # read: content, (height and w
        {2: (BLUE, RED), 3: (BLUE, RED), 4: (RED, BLUE), 9: (RED, BLUE)}.items()},      # 9 does not exist
     **{f"turned-{k}.jpg": (encoded("JPEG", **exif(k)), (TALL, *ends)) for k, ends in
        {5: (RED, BLUE), 6: (RED, BLUE), 7: (BLUE, RED), 8: (BLUE, RED)}.items()},
+    # a tag of another type, which Pillow cannot write anew; and a header that is none
+    "turned-6-text.jpg": (encoded("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0"
+                                  b"\x28\1\2\0\4\0\0\0abc\0\0\0\0\0"), (TALL, RED, BLUE)),
+    "no-tiff-in-exif.jpg": (encoded("JPEG", exif=b"Exif\0\0junk", dpi=(72, 72)), PLAIN),
     "bad-exif.jpg": (encoded("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk"), PLAIN),
     "bad-profile.png": (encoded("PNG", icc_profile=b"junk"), PLAIN),
     "junk-behind.jpg": (encoded("JPEG") + b"junk" * 1000, PLAIN),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as T
 from PIL import Image, ImageOps
@@ -588,6 +589,17 @@ def test_images_in_memory_are_of_the_size_of_the_network_whatever_their_shape():
         images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
         x, = eval_batches(ImageSet(images, None, None), dict(data="fake", image_size=16), "cpu")
         assert x.shape == (2, 3, 16, 16)
+
+
+def test_the_middle_of_a_larger_picture_in_memory_is_taken():
+    """As of files, where finetune.py names the side: 256 of 224 for CIFAR."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    config = dict(data="fake", image_size=14, mean=[0.0], std=[1.0])
+    x, = eval_batches(ImageSet(images, None, None), config | dict(resize_side=16), "cpu")
+    expected = F.interpolate(images / 255, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(x, expected[:, :, 1:15, 1:15])
+    whole, = eval_batches(ImageSet(images, None, None), config | dict(resize_side=0), "cpu")
+    assert whole.shape == x.shape and not torch.allclose(whole, x, atol=0.05)
 
 
 def test_a_set_in_memory_is_bytes_with_a_label_each():

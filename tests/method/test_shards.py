@@ -112,6 +112,20 @@ def test_every_way_to_name_them(three):
     assert all(map(len, divided))
 
 
+@pytest.mark.parametrize("train, val", [("imagenet1k-train-0000", "imagenet1k-validation-00"),
+                                        ("imagenet-train-000000", "imagenet-val-000000"),
+                                        ("my_train_0", "my_test_0")])
+def test_published_names_of_shards_keep_their_parts(train, val, three, tmp_path):
+    (tmp_path / "flat").mkdir()
+    shard(tmp_path / f"flat/{train}.tar", range(10))
+    shard(tmp_path / f"flat/{val}.tar", range(10, 20))
+    parts = [build_dataset(str(tmp_path / "flat"), split) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [10, 10] and parts[0].part == "training images"
+    assert parts[1].part == ("test images" if "test" in val else "validation images")
+    (three / "files/val").rename(three / "files/validation")
+    assert len(build_dataset(str(three / "files"), "test")) == 10
+
+
 def test_classes_are_names_or_numbers_and_all_pictures_have_one_or_none(tmp_path):
     path = tmp_path / "a.tar"
     for classes, labels, known in (((b"10", b" 2 "), [10, 2], 11), ((b"cat", b"ant"), [1, 0], 2)):

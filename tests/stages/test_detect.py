@@ -532,7 +532,6 @@ def test_an_annotation_that_is_none_is_named(change, says, sets, tmp_path):
     (lambda content: content["annotations"][0].update(bbox=[1, 2, 3]), "unpack"),
     (lambda content: content["annotations"][0].update(bbox=["a", 2, 3, 4]), "could not convert"),
     (lambda content: content["annotations"][0].update(segmentation=dict(counts=[3])), "no polygon"),
-    (lambda content: content["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5]]), "no polygon"),
     (lambda content: content["images"][0].update(file_name="../../etc/passwd"), "no name of a picture"),
     (lambda content: content["images"][0].update(file_name=3), "not annotations"),
     (lambda content: content["images"][0].pop("height"), "no 'height'"),
@@ -551,6 +550,20 @@ def test_annotations_of_coco_that_are_none_are_named(change, says, sets, tmp_pat
         path.write_text(text)
         with pytest.raises(UserError, match="not annotations of COCO"):
             detection_sets.read_coco(tmp_path, "train2017", "images", True)
+
+
+def test_rings_of_fewer_than_three_points_are_left_out(sets, tmp_path):
+    """As in detectron2; an object without another ring is no object to learn from."""
+    path = tmp_path / "annotations/instances_train2017.json"
+    path.parent.mkdir()
+    content = json.loads((sets / "annotations/instances_train2017.json").read_text())
+    first, second = (item for item in content["annotations"][:2])
+    sound = len(detection_sets.read_coco(sets, "train2017", "images", True).labels)
+    first["segmentation"] = [*first["segmentation"], [1, 2, 3, 4]]
+    second["segmentation"] = [[1, 2, 3, 4, 5]]
+    path.write_text(json.dumps(content))
+    assert len(detection_sets.read_coco(tmp_path, "train2017", "images", True).labels) == sound - 1
+    assert len(detection_sets.read_coco(tmp_path, "train2017", "images", False).labels) == sound
 
 
 def test_boxes_without_area_are_left_out_and_others_refused(capsys):

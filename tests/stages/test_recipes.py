@@ -57,7 +57,7 @@ PUBLISHED = {
     "barlow_twins_knn": dict(k=[10, 20, 100, 200], temperature=0.07, interpolation="bilinear"),
     "barlow_twins_semisup_1": dict(FEW_LABELS, label_fraction=0.01, epochs=20, peak=0.002, head_lr=0.5),
     "barlow_twins_semisup_10": dict(FEW_LABELS, label_fraction=0.1, epochs=20, peak=0.002, head_lr=0.5),
-    "finetune": dict(steps=20000, batch_size=256, bn_momentum=0, resize_side=0, grid=True, min_scale=0.08,
+    "finetune": dict(steps=20000, batch_size=256, bn_momentum=0, resize_side=256, grid=True, min_scale=0.08,
                      lrs=pytest.approx([10 ** (n / 2) for n in range(-8, -1)], rel=0.01),
                      weight_decays=pytest.approx([0, *(10 ** (n / 2) for n in range(-12, -5))], rel=0.01)),
     "finetune_short": dict(steps=5000, batch_size=64, bn_momentum=0.1, resize_side=224, grid=True,
