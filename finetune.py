@@ -66,8 +66,7 @@ def get_parser():
     add("--data-dir", default="datasets", help="folder of torchvision's data sets")
     add("--label-fraction", type=at_least(0, float), default=1.0,
         help="share of the training and of the validation images to take, as many of each class")
-    add("--validate", action="store_true",
-        help="train without the validation images, and score these instead of the test images")
+    add("--validate", action="store_true", help="train without the validation images, and score these alone")
     add("--min-scale", type=at_least(0, float), default=0.4, help="smallest share of the area in a crop")
     add("--interpolation", default="bicubic", choices=("bicubic", "bilinear"), help="of every resizing")
     add("--resize-side", type=at_least(0), default=0,
@@ -82,8 +81,8 @@ def get_parser():
     add("--bn-momentum", type=at_least(0, float, 1), default=0.0,
         help="a step's share in batch norms' running statistics; 0: 10 / steps of an epoch, at most 0.1")
     add("--grid", action="store_true", help="choose --lr and --weight-decay from the lists here")
-    add("--lrs", type=at_least(1e-9, float), nargs="+", default=[0.01, 0.03, 0.1], help="values of --lr")
-    add("--weight-decays", type=at_least(0, float), nargs="+", default=[0.0, 1e-4], help="of --weight-decay")
+    add("--lrs", type=at_least(1e-9, float), nargs="+", help="values of --lr; without it 0.01 0.03 0.1")
+    add("--weight-decays", type=at_least(0, float), nargs="+", help="of --weight-decay; without it 0 0.0001")
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/finetune", help="folder for everything that is written")
     add("--resume", default="auto", metavar="auto|never|FILE",
@@ -318,6 +317,8 @@ def table(cells):
 def main(args):
     loaded = load_network(args)
     if not args.grid:
+        if args.lrs or args.weight_decays:
+            raise UserError("--lrs, --weight-decays: only --grid tries them; add it, or use --lr")
         train_once(args, loaded)             # ends the process
     if args.validate:
         raise UserError("--validate: is what --grid does, before it tests; leave one of the two out")
@@ -326,7 +327,7 @@ def main(args):
     if Path(args.output_dir, "checkpoint.pth").exists():
         raise UserError(f"--output-dir {args.output_dir}: holds a training run; choose another")
     cells = {}
-    for lr, weight_decay in itertools.product(args.lrs, args.weight_decays):
+    for lr, weight_decay in itertools.product(args.lrs or [0.01, 0.03, 0.1], args.weight_decays or [0, 1e-4]):
         found = train_cell(args, loaded, lr, weight_decay, validate=True)
         cells[lr, weight_decay] = found and found["validation"]
     lr, weight_decay = choose(cells)

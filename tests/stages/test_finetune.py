@@ -388,7 +388,8 @@ def test_two_processes_share_the_runs_of_a_grid(network, tmp_path, here):
     ("--grid --validate", 2, "--validate: is what --grid"), ("--grid --resume {network}", 2, "--grid has"),
     ("--data pets --val-share 0.2", 2, "--data pets: has parts and classes of its own; leave --val-share"),
     ("--data pets", 2, "--data pets: there is no "), ("--data nowhere", 2, "neither a data set"),
-    ("--grid --batch-size 513", 2, "at most the 4"), ("--lr 1e30", 3, "is not finite (lr")])
+    ("--grid --batch-size 513", 2, "at most the 4"), ("--lr 1e30", 3, "is not finite (lr"),
+    ("--lrs 5 7", 2, "only --grid tries them")])
 def test_bad_input_is_one_line(network, bad, code, names, tmp_path, here):
     command = small(network, tmp_path / "out", bad.format(network=network))
     _, err = here(f"{command} --data-dir {tmp_path}", code)
