@@ -35,6 +35,7 @@ from golden_inputs import fill_noise, noise  # noqa: E402
 
 import loss as losses  # noqa: E402
 from benchmarks.pipeline import write_photographs  # noqa: E402
+from checkpoint import to_stdout  # noqa: E402
 from data import ImageSet, build_dataset, eval_batches  # noqa: E402
 from model import BatchNorm, Twist, build_backbone  # noqa: E402
 from optim import LARS, param_groups  # noqa: E402
@@ -251,7 +252,7 @@ def worker(device, out):
         y.backward(dy[part])
         found.append((y, inputs.grad))
     worst = max(difference(ours, expected[mine]) for expected, ours in zip(*found, strict=True))
-    print(f"difference {worst}", flush=True)
+    to_stdout(f"difference {worst}")         # in one piece: both processes write to one pipe
     dist.barrier()
     dist.destroy_process_group()
     yield "worker", f"{worst:.1e}", True
