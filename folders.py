@@ -64,7 +64,10 @@ def find_pictures(data, train):
             return *_number(*read_shards(expand(str(data)))), "images"
         if data.is_file():
             return *_read_list(data), "images"
-        parts = {"train": _part(data, "train"), "val": _part(data, "val") or _part(data, "test")}
+        parts = {"train": _part(data, "train"), "val": _part(data, "val")}
+        called = {"train": "training images", "val": "validation images"}
+        if not parts["val"]:
+            parts["val"], called["val"] = _part(data, "test"), "test images"
         if not any(parts.values()):
             return *_scan(data), "images"
         wanted, other = ("train", "val") if train else ("val", "train")
@@ -84,17 +87,15 @@ def find_pictures(data, train):
         raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); may you read it?"
                         ) from None
     paths, labels, names = found[wanted]
-    stem = re.search("train|val|test", parts[wanted][0].name)[0]
-    called = {"train": "training", "val": "validation", "test": "test"}[stem] + " images"
     known = found["train"][2] if "train" in found else names           # classes are numbered as in train
     if labels is None or known is None:
-        return paths, None, None, called
+        return paths, None, None, called[wanted]
     unknown = sorted({names[label] for label in labels} - set(known))
     if unknown:
         raise UserError(f"--data {parts[wanted][0]}: class '{unknown[0]}' is not among those of "
                         f"{parts['train'][0]}; rename or remove it")
     number = {name: c for c, name in enumerate(known)}
-    return paths, [number[names[label]] for label in labels], known, called
+    return paths, [number[names[label]] for label in labels], known, called[wanted]
 
 
 def _part(folder, name):

@@ -114,14 +114,14 @@ def test_every_way_to_name_them(three):
 
 @pytest.mark.parametrize("train, val", [("imagenet1k-train-0000", "imagenet1k-validation-00"),
                                         ("imagenet-train-000000", "imagenet-val-000000"),
-                                        ("my_train_0", "my_test_0")])
+                                        ("my_train_0", "my_test_0"), ("contest-train-0", "latest-val-0")])
 def test_published_names_of_shards_keep_their_parts(train, val, three, tmp_path):
     (tmp_path / "flat").mkdir()
     shard(tmp_path / f"flat/{train}.tar", range(10))
     shard(tmp_path / f"flat/{val}.tar", range(10, 20))
     parts = [build_dataset(str(tmp_path / "flat"), split) for split in ("train", "test")]
     assert [len(part) for part in parts] == [10, 10] and parts[0].part == "training images"
-    assert parts[1].part == ("test images" if "test" in val else "validation images")
+    assert parts[1].part == ("test images" if "_test" in val else "validation images")
     (three / "files/val").rename(three / "files/validation")
     assert len(build_dataset(str(three / "files"), "test")) == 10
 
